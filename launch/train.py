@@ -1,0 +1,27 @@
+"""Train one once-for-all network and measure its curve.
+
+    deepspeed launch/train.py --config launch/configs/digits.yaml [--section.field=value ...]
+    python launch/train.py --config launch/configs/digits.yaml            one process
+    deepspeed --num_accelerators 2 launch/train.py --config ...           two processes, on a CPU too
+"""
+
+from collections.abc import Sequence
+
+from launch import run_main
+from oat_dist.config_io import load_config
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, join the other ranks, train, leave."""
+    config = load_config(argv)
+    # A mistake in the configuration is answered before the seconds that these imports take.
+    from oat_dist.engine import init_world
+    from oat_dist.trainer import train
+
+    world = init_world(config.engine.threads)
+    train(config, world)
+    world.close()
+
+
+if __name__ == "__main__":
+    run_main(main)

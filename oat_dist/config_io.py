@@ -1,0 +1,135 @@
+"""From YAML, command line and dictionaries to a checked `Config`. The only file that imports jsonargparse.
+
+Precedence, last wins: default < `--config FILE` < `--section.field=VALUE` < `overrides` (a search's sample). All four
+pass the same type checks here and the same range checks in `config.py`. No class path is ever imported from YAML.
+"""
+
+import dataclasses
+import difflib
+import json
+import pathlib
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from oat_dist.config import Config, to_dict
+from oat_dist.errors import UserError
+
+
+def load_config(argv: Sequence[str], overrides: Mapping[str, Any] | None = None) -> Config:
+    """Build the configuration of a run.
+
+    Args:
+        argv: Command-line arguments without the program's name. `--help` and `--print_config` print and exit.
+        overrides: Dotted key -> value, applied last, e.g. {"optim.lr": 0.05}.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        UserError: Unknown key, wrong type, value out of range, missing or unreadable file.
+    """
+    parser = _parser()
+    args = [*argv, *(f"--{key}={json.dumps(value)}" for key, value in (overrides or {}).items())]
+    for path in _config_files(args):
+        _check_keys(path)
+    try:
+        namespace = parser.parse_args(args)
+    except ArgumentError as error:
+        raise UserError(_one_line(str(error))) from None
+    return from_dict({k: v for k, v in namespace.as_dict().items() if k != "config"})
+
+
+def read_config(path: pathlib.Path) -> Config:
+    """Read a configuration file written by `write_config`.
+
+    Raises:
+        UserError: As `load_config`.
+    """
+    return load_config(["--config", str(path)])
+
+
+def write_config(config: Config, path: pathlib.Path) -> None:
+    """Write the complete configuration as YAML that `--config` accepts."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def from_dict(settings: Mapping[str, Any]) -> Config:
+    """Build a `Config` from nested dictionaries whose values have the right types (lists stand for tuples)."""
+    return _build(Config, settings)
+
+
+def _build(cls: type, settings: Mapping[str, Any]) -> Any:
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in settings.items():
+        if dataclasses.is_dataclass(hints[key]):
+            values[key] = _build(hints[key], value)
+        else:
+            values[key] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)
+
+
+def _parser() -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False, description="Once-for-all adversarial training.")
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
+    parser.add_class_arguments(Config, as_group=False)
+    return parser
+
+
+def _config_files(args: Sequence[str]) -> list[pathlib.Path]:
+    """The values of --config FILE and --config=FILE, in order."""
+    files = [a.removeprefix("--config=") for a in args if a.startswith("--config=")]
+    files += [b for a, b in zip(args, args[1:], strict=False) if a == "--config"]
+    return [pathlib.Path(f) for f in files]
+
+
+def _check_keys(path: pathlib.Path) -> None:
+    """Name an unknown key by its dotted path, with the nearest known one; jsonargparse names only the section."""
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror or error}; name an existing YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid YAML: {_one_line(str(error))}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {path}: expected sections and keys, got {type(settings).__name__}")
+    _check_section(settings, to_dict(Config()), "", path)
+
+
+def _check_section(settings: Mapping[str, Any], known: Mapping[str, Any], prefix: str, path: pathlib.Path) -> None:
+    for key, value in settings.items():
+        dotted = f"{prefix}{key}"
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
+            raise UserError(f"{dotted}: unknown key in {path}; {hint}")
+        if isinstance(known[key], dict):
+            if not isinstance(value, dict):
+                raise UserError(f"{dotted}={value!r}: in {path} this is a section with keys {', '.join(known[key])}")
+            _check_section(value, known[key], f"{dotted}.", path)
+
+
+def _one_line(message: str) -> str:
+    """One line per error, with the dotted key first and a hint for an unknown option."""
+    line = " ".join(message.split())
+    if line.startswith("unrecognized arguments: "):
+        option = line.removeprefix("unrecognized arguments: ").split()[0]
+        key = option.lstrip("-").partition("=")[0]
+        near = difflib.get_close_matches(key, _dotted_keys(to_dict(Config())), n=1, cutoff=0.5)
+        return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "; --help lists all keys")
+    if line.startswith('Parser key "'):
+        key, _, rest = line.removeprefix('Parser key "').partition('": ')
+        return f"{key}: {rest}"
+    return line
+
+
+def _dotted_keys(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in settings.items():
+        keys += _dotted_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+    return keys

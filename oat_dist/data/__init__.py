@@ -1,0 +1,6 @@
+"""Images: from a source to a prepared folder, and from there to augmented batches on the device."""
+
+from oat_dist.data.loader import Batch, TrainLoader, evaluation_batches
+from oat_dist.data.prepared import SPLITS, PreparedData, open_prepared, prepare
+
+__all__ = ["SPLITS", "Batch", "PreparedData", "TrainLoader", "evaluation_batches", "open_prepared", "prepare"]

@@ -1,0 +1,69 @@
+"""The ranks of a run and the few collectives the library needs beside the gradients'."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among all processes of a run."""
+
+    rank: int = 0
+    """Number of this process, from 0."""
+    ranks: int = 1
+    """Number of processes."""
+    device: torch.device = torch.device("cpu")
+    """Where this process computes."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and prints."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks of a tensor on the device; every rank must call."""
+        values = values.clone()
+        if self.ranks > 1:
+            dist.all_reduce(values)
+        return values
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Run `work` on the main rank and give its result, or raise its error, on every rank."""
+        if self.ranks == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, device=self.device)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def average_running_statistics(self, networks: Iterable[nn.Module]) -> None:
+        """Make the running statistics of networks equal on all ranks, as their mean, in one collective.
+
+        Ranks see different images, and gradient reduction does not touch buffers.
+        """
+        if self.ranks == 1:
+            return
+        statistics = [b for net in networks for name, b in net.named_buffers() if "running_" in name]
+        flat = torch.cat([b.flatten() for b in statistics])
+        dist.all_reduce(flat)
+        parts = (flat / self.ranks).split([b.numel() for b in statistics])
+        for buffer, part in zip(statistics, parts, strict=True):
+            buffer.copy_(part.view_as(buffer))
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,118 @@
+"""DeepSpeed: process group, gradient reduction, precision, ZeRO, accumulation. The only file that imports deepspeed.
+
+DeepSpeed averages gradients over ranks; the loss it is given is therefore ranks * (sum of this rank's images) / (images of
+the global batch), and its own division by the accumulation steps is switched off. Then unequal numbers of images per
+rank or micro-batch still weigh every image the same.
+"""
+
+import logging
+import os
+import socket
+
+import torch
+from torch import Tensor, nn
+
+from oat_dist.config import Config
+from oat_dist.distributed import World
+from oat_dist.models.condition import Condition
+from oat_dist.optim import build_optimizer
+
+
+def deepspeed_config(config: Config, ranks: int) -> dict:
+    """DeepSpeed's own configuration, derived from ours.
+
+    Args:
+        config: Configuration of the run.
+        ranks: Number of ranks.
+
+    Returns:
+        What `deepspeed.initialize` takes and the run folder keeps as deepspeed.json.
+    """
+    parts = ranks * config.engine.accumulation
+    return {
+        "train_micro_batch_size_per_gpu": -(-config.optim.batch_size // parts),
+        "gradient_accumulation_steps": config.engine.accumulation,
+        "gradient_clipping": config.optim.clip_norm,
+        "zero_allow_untested_optimizer": True,
+        # ZeRO-0 overlaps reduction with backward only when told to.
+        "zero_optimization": {"stage": config.engine.zero_stage, "overlap_comm": torch.cuda.is_available()},
+        "torch_autocast": {"enabled": config.engine.precision == "bf16", "dtype": "bfloat16"},
+        "steps_per_print": 10**9,
+    }
+
+
+def init_world(threads: int = 0) -> World:
+    """Join the process group that the launcher describes; without a launcher, be its only member.
+
+    Args:
+        threads: CPU threads of this process; 0 divides the cores by the processes on this machine.
+
+    Returns:
+        This process's place, on its GPU if the machine has any, else on the CPU.
+    """
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads or max(1, cores // (1 if has_gpu else local_ranks)))
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+
+    deepspeed = _import_deepspeed()
+    deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False)
+    return World(rank=int(os.environ["RANK"]), ranks=int(os.environ["WORLD_SIZE"]), device=device)
+
+
+class Engine:
+    """A network under DeepSpeed."""
+
+    def __init__(self, network: nn.Module, config: Config, world: World) -> None:
+        """Hand the network and a fresh optimiser to DeepSpeed.
+
+        Args:
+            network: The network on the device of `world`; all ranks get the weights of rank 0.
+            config: Configuration of the run.
+            world: From `init_world`.
+        """
+        self.config, self.world = config, world
+        self._engine, self._optimizer, _, _ = _import_deepspeed().initialize(
+            model=network,
+            optimizer=build_optimizer(network.parameters(), config.optim),
+            config=deepspeed_config(config, world.ranks),
+        )
+
+    def forward(self, x: Tensor, cond: Condition) -> Tensor:
+        """The training forward, under DeepSpeed's autocast."""
+        return self._engine(x, cond)
+
+    def backward_and_step(self, loss_N: Tensor, lr: float) -> None:
+        """Backward of one micro-batch; the optimiser moves after the last micro-batch of a step.
+
+        Args:
+            loss_N: Per-image losses of this rank's micro-batch.
+            lr: Learning rate of the step.
+        """
+        loss = loss_N.sum() * (self.world.ranks / self.config.optim.batch_size)
+        self._engine.backward(loss, scale_wrt_gas=False)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+
+
+def _import_deepspeed():
+    """Import DeepSpeed with its chatter off and without the CPU operator it would compile at every machine's first run."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # The shared-memory all-reduce is for inference alone, which we do not use; building it takes a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

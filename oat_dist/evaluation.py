@@ -1,0 +1,106 @@
+"""SA and RA of a conditional network at any lambda.
+
+SA is the share of images classified correctly. RA is the share classified correctly both clean and after every restart
+of the attack: the clean image lies in the ball too, so an image that is wrong without an attack is not robust.
+
+Letters: N images, K classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from oat_dist.attacks import evaluation_mode, pgd
+from oat_dist.config import default_step_size
+from oat_dist.data import Batch
+from oat_dist.distributed import World
+from oat_dist.models.condition import Frozen
+from oat_dist.models.network import ConditionalNetwork
+from oat_dist.random import draw_keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationAttack:
+    """PGD as an evaluation uses it; lengths in pixel units of [0, 1]."""
+
+    eps: float
+    """Radius of the ball."""
+    steps: int = 20
+    """Gradient steps per restart."""
+    norm: str = "linf"
+    """Norm of the ball."""
+    step_size: float | None = None
+    """Length of a step; default min(1.25 eps, eps + 4/255) / steps."""
+    restarts: int = 1
+    """Random starts."""
+
+    @property
+    def name(self) -> str:
+        """As papers write it, e.g. pgd-20."""
+        return f"pgd-{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "")
+
+    def to_dict(self) -> dict:
+        """For the JSON report, with the step size spelled out."""
+        step_size = default_step_size(self.eps, self.steps) if self.step_size is None else self.step_size
+        return {"name": self.name, **asdict(self), "step_size": step_size}
+
+
+def evaluate(
+    network: ConditionalNetwork,
+    batches: Sequence[Batch],
+    lambdas: Sequence[float],
+    attack: EvaluationAttack,
+    *,
+    seed: int = 0,
+    world: World | None = None,
+) -> list[dict]:
+    """Measure SA and RA at each lambda.
+
+    Args:
+        network: The network, on the device of the batches; its mode is restored.
+        batches: Images of this rank (`oat_dist.data.evaluation_batches`).
+        lambdas: Values in [0, 1]; the attack goes through the lambda that is measured.
+        attack: The attack.
+        seed: Seed of the random starts, keyed by image, so that ranks and batch size do not matter.
+        world: The ranks that share the images; default: this process has all.
+
+    Returns:
+        One {"lam", "sa", "ra"} per lambda; accuracies are fractions in [0, 1].
+    """
+    world = world or World(device=network.sites[0].weight.device)
+    frozen = network.freeze(network.condition(torch.tensor(list(lambdas), dtype=torch.float64)))
+    row_L = frozen.row_N.tolist()
+    counts_L3 = torch.zeros(len(lambdas), 3, dtype=torch.int64, device=world.device)
+    with evaluation_mode(network):
+        for at, row in enumerate(row_L):
+            for batch in batches:
+                here = frozen.for_row(row, len(batch.label_N))
+                clean_N, robust_N = _correct(network, here, batch, attack, seed)
+                counts_L3[at] += torch.stack((torch.ones_like(clean_N), clean_N, robust_N)).sum(1)
+    counts = world.sum(counts_L3).tolist()
+    return [{"lam": lam, "sa": sa / n, "ra": ra / n} for lam, (n, sa, ra) in zip(lambdas, counts, strict=True)]
+
+
+def _correct(
+    network: ConditionalNetwork, frozen: Frozen, batch: Batch, attack: EvaluationAttack, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Which images are classified correctly clean, and which under attack too; int64 [N] each."""
+    x, label_N = batch.image_NCHW, batch.label_N
+
+    def logits_fn(images: Tensor) -> Tensor:
+        return network.attack_logits(images, frozen)
+
+    with torch.no_grad():
+        clean_N = logits_fn(x).argmax(1) == label_N
+    robust_N = clean_N
+    for restart in range(attack.restarts):
+        key_N = draw_keys(seed, "evaluation start", restart, batch.index_N.to(x.device))
+        x_adv = pgd(
+            logits_fn, x, label_N, eps=attack.eps, steps=attack.steps, step_size=attack.step_size, norm=attack.norm,
+            start_key=key_N,
+        )  # fmt: skip
+        with torch.no_grad():
+            robust_N = robust_N & (logits_fn(x_adv).argmax(1) == label_N)
+    return clean_N.long(), robust_N.long()

@@ -1,0 +1,8 @@
+"""Objectives: per-image losses. `ROBUST` names the robust terms L_a; `once_for_all` weighs them against the clean one."""
+
+from oat_dist.losses.once_for_all import once_for_all_loss
+from oat_dist.losses.pgd_at import pgd_at_loss
+
+ROBUST = {"pgd_at": pgd_at_loss}
+
+__all__ = ["ROBUST", "once_for_all_loss", "pgd_at_loss"]

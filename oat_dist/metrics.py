@@ -1,0 +1,60 @@
+"""What a run writes while it goes on.
+
+metrics.jsonl holds results only and is the same, byte for byte, when a run is repeated; times go to timings.jsonl. Both
+are JSON lines, flushed as they are written. TensorBoard shows the same values.
+"""
+
+import json
+import pathlib
+import time
+from types import TracebackType
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+class MetricsWriter:
+    """Writes metrics of one run; a context manager."""
+
+    def __init__(self, run: pathlib.Path, *, tensorboard: bool) -> None:
+        """Open the files.
+
+        Args:
+            run: Folder of the run.
+            tensorboard: Whether to write TensorBoard event files too.
+        """
+        self._metrics = (run / "metrics.jsonl").open("a")
+        self._timings = (run / "timings.jsonl").open("a")
+        self._board = SummaryWriter(str(run / "tensorboard")) if tensorboard else None
+        self._start = self._last = time.perf_counter()
+
+    def write(self, step: int, values: dict[str, float], *, images: int) -> None:
+        """Write one line.
+
+        Args:
+            step: Optimiser steps done.
+            values: Name -> value.
+            images: Training images since the last line, over all ranks; for the throughput.
+        """
+        now = time.perf_counter()
+        timing = {"elapsed_s": now - self._start, "images_per_s": images / (now - self._last)}
+        self._last = now
+        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self._timings.write(json.dumps({"step": step, **{k: round(v, 3) for k, v in timing.items()}}) + "\n")
+        self._metrics.flush()
+        self._timings.flush()
+        if self._board is not None:
+            for name, value in {**values, **timing}.items():
+                self._board.add_scalar(name, value, step)
+
+    def __enter__(self) -> "MetricsWriter":
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the files."""
+        self._metrics.close()
+        self._timings.close()
+        if self._board is not None:
+            self._board.close()

@@ -1,0 +1,67 @@
+"""What a network is told about the lambdas of a batch, computed once and used at every normalisation site.
+
+`Condition` is for a training forward (statistics of the batch, gradients to the FiLM generators); `Frozen` is for attack
+steps and test time (every site folded to one scale and shift per distinct lambda, nothing requires a gradient).
+
+Letters: N images, L distinct lambdas, C channels, S segments.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """Lambdas of a batch. Statistics segments are (clean, lambda = 0 | clean, lambda > 0 | adversarial)."""
+
+    row_N: Tensor
+    """Row of each image among the distinct lambdas, int64."""
+    segment_N: Tensor
+    """Whose batch statistics an image belongs to, int32."""
+    group_of_segment: tuple[int, ...]
+    """Norm group of each segment: (0, 1, 1) with dual norm; (0, 0) with single norm (clean | adversarial)."""
+    group_L: Tensor
+    """Norm group of each distinct lambda, int64."""
+    num_zero: int
+    """Images with lambda = 0."""
+    zeros_first: bool
+    """Whether those come before all others, as a joint forward needs."""
+    films: tuple[tuple[Tensor, Tensor] | None, ...]
+    """(scale_LC, shift_LC) of each site, None at a site without FiLM."""
+    sync: bool = False
+    """Share batch statistics over all ranks."""
+
+    def joint(self) -> "Condition":
+        """The condition of cat(clean images, adversarial partners of those with lambda > 0)."""
+        if not self.zeros_first:
+            raise ValueError("lam: images with lambda = 0 must come first in a batch that gets adversarial partners")
+        partner_row = self.row_N[self.num_zero :]
+        adversarial = torch.full_like(self.segment_N[self.num_zero :], len(self.group_of_segment) - 1)
+        return replace(
+            self,
+            row_N=torch.cat((self.row_N, partner_row)),
+            segment_N=torch.cat((self.segment_N, adversarial)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frozen:
+    """A network as constants: one affine per site and distinct lambda, and detached weights."""
+
+    row_N: Tensor
+    """Row of each image among the distinct lambdas, int64."""
+    affines: tuple[tuple[Tensor, Tensor], ...]
+    """(scale_LC, shift_LC) of each site."""
+    weights: Mapping[str, Tensor]
+    """Detached parameters outside the normalisation sites, by name."""
+
+    def images(self, selection: slice) -> "Frozen":
+        """The same network for some of the images."""
+        return replace(self, row_N=self.row_N[selection])
+
+    def for_row(self, row: int, num_images: int) -> "Frozen":
+        """The same network with one distinct lambda for all of `num_images` images."""
+        return replace(self, row_N=self.row_N.new_full((num_images,), row))

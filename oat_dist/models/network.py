@@ -1,0 +1,109 @@
+"""What every conditional network can do: take a condition, freeze itself, answer an attack.
+
+    cond   = network.condition(lam_N)                  encode, run all FiLM generators once
+    frozen = network.freeze(cond)                      fold statistics, detach everything
+    logits = network.attack_logits(x, frozen)          evaluation-mode forward, no graph over parameters
+    logits = network(torch.cat((x, x_adv)), cond.joint())     the one training forward
+
+A subclass builds its layers from `_conv`, `_norm` and `nn.Linear`, then calls `_number_sites`, and defines
+`forward(x, cond)`.
+
+Letters: N images, L distinct lambdas, K classes in logits_NK.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from oat_dist.conditioning import LambdaEncoder
+from oat_dist.config import ConditioningConfig
+from oat_dist.errors import UserError
+from oat_dist.models.condition import Condition, Frozen
+from oat_dist.models.film import FiLMGenerator
+from oat_dist.models.norm import FiLMDualBN2d
+
+
+class ConditionalNetwork(nn.Module):
+    """Base class; images are [N, C, H, W] in [0, 1]."""
+
+    def __init__(self, cfg: ConditioningConfig, *, seed: int) -> None:
+        """Keep the conditioning; layers are the subclass's.
+
+        Args:
+            cfg: Encoding, FiLM and norm.
+            seed: Seed of the encoding tables.
+        """
+        super().__init__()
+        self.cfg = cfg
+        self.encoder = LambdaEncoder(cfg, seed=seed) if cfg.film != "none" else None
+        self.sync_statistics = False
+        self.sites: tuple[FiLMDualBN2d, ...] = ()
+
+    def _conv(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+        return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
+
+    def _norm(self, channels: int, film: bool = True) -> FiLMDualBN2d:
+        has_film = film and self.encoder is not None
+        generator = FiLMGenerator(self.encoder.width, channels, self.cfg.film_start) if has_film else None
+        return FiLMDualBN2d(channels, 2 if self.cfg.norm == "dual" else 1, generator)
+
+    def _number_sites(self) -> None:
+        self.sites = tuple(m for m in self.modules() if isinstance(m, FiLMDualBN2d))
+        for index, site in enumerate(self.sites):
+            site.index = index
+
+    def condition(self, lam_N: Tensor) -> Condition:
+        """Everything the forward passes of a batch need to know of its lambdas.
+
+        Args:
+            lam_N: [N] lambdas in [0, 1]. On the host in training, so that nothing waits for the device.
+
+        Raises:
+            UserError: A lambda outside [0, 1].
+        """
+        lam_N = lam_N.detach().to("cpu", torch.float64)
+        if not bool(((lam_N >= 0) & (lam_N <= 1)).all()):
+            raise UserError(f"lam={lam_N[~((lam_N >= 0) & (lam_N <= 1))][0].item()}: lambda must lie in [0, 1]")
+        lam_L, row_N = self.encoder.rows(lam_N) if self.encoder else torch.unique(lam_N, return_inverse=True)
+        is_zero_N = lam_N == 0
+        num_zero, is_dual = int(is_zero_N.sum()), self.cfg.norm == "dual"
+        device = self.sites[0].weight.device
+        return Condition(
+            row_N=row_N.to(device, non_blocking=True),
+            segment_N=(~is_zero_N & is_dual).to(device, torch.int32, non_blocking=True),
+            group_of_segment=(0, 1, 1) if is_dual else (0, 0),
+            group_L=((lam_L > 0) & is_dual).to(device, torch.int64, non_blocking=True),
+            num_zero=num_zero,
+            zeros_first=bool(is_zero_N[:num_zero].all()),
+            films=self._films(lam_L),
+            sync=self.sync_statistics,
+        )
+
+    def _films(self, lam_L: Tensor) -> tuple[tuple[Tensor, Tensor] | None, ...]:
+        """Scale and shift of every site for the distinct lambdas, interpolated between knots where needed."""
+        if self.encoder is None:
+            return (None,) * len(self.sites)
+        like = self.sites[0].weight
+        code = self.encoder(lam_L.to(like.device, like.dtype, non_blocking=True))
+        films = [site.film(code) if site.film is not None else None for site in self.sites]
+        mix_LK = self.encoder.plan(lam_L)
+        if mix_LK is not None:
+            mix_LK = mix_LK.to(like.device, like.dtype, non_blocking=True)
+            films = [film and (mix_LK @ film[0], mix_LK @ film[1]) for film in films]
+        return tuple(films)
+
+    @torch.no_grad()
+    def freeze(self, cond: Condition) -> Frozen:
+        """The network under a condition as constants, at its current running statistics."""
+        inside = {id(p) for site in self.sites for p in site.parameters()}
+        weights = {name: p.detach() for name, p in self.named_parameters() if id(p) not in inside}
+        return Frozen(row_N=cond.row_N, affines=tuple(site.fold(cond) for site in self.sites), weights=weights)
+
+    def attack_logits(self, x: Tensor, frozen: Frozen) -> Tensor:
+        """Logits [N, K] with running statistics, whatever the mode; gradients flow to `x` alone."""
+        return torch.func.functional_call(self, dict(frozen.weights), (x, frozen))
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, lam: float | Tensor) -> Tensor:
+        """Logits [N, K] of images in [0, 1] at one lambda or one per image, with running statistics."""
+        lam_N = torch.as_tensor(lam, dtype=torch.float64).expand(len(x))
+        return self.attack_logits(x, self.freeze(self.condition(lam_N)))

@@ -1,0 +1,70 @@
+"""Optimiser, learning rate as a pure function of the step, and averaged weights."""
+
+import copy
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from oat_dist.config import OptimConfig
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], cfg: OptimConfig) -> torch.optim.Optimizer:
+    """SGD with momentum or AdamW, on all parameters alike."""
+    if cfg.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, nesterov=cfg.nesterov
+        )
+    return torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
+
+
+def learning_rate(cfg: OptimConfig, step: int, total_steps: int) -> float:
+    """Learning rate of a step.
+
+    Args:
+        cfg: Peak rate, schedule and warm-up.
+        step: Step from 0.
+        total_steps: Steps of the whole run.
+
+    Returns:
+        A linear rise over the warm-up, then cosine (Loshchilov and Hutter, "SGDR", ICLR 2017, equation 5) or linear
+        (Smith and Topin, "Super-Convergence", 2018, section 2) decay towards 0, or the peak.
+    """
+    warmup_steps = cfg.warmup_share * total_steps
+    if step < warmup_steps:
+        return cfg.lr * (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    if cfg.schedule == "cosine":
+        return cfg.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return cfg.lr * (1 - progress) if cfg.schedule == "onecycle" else cfg.lr
+
+
+class AveragedNetwork:
+    """Exponential moving average of parameters and running statistics.
+
+    The decay of step t is min(decay, (1 + t) / (10 + t)), so that a short run is not dominated by its start.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        """Start at the network as it is.
+
+        Args:
+            network: The network that is trained.
+            decay: Largest decay per step, in [0, 1).
+        """
+        self.decay = decay
+        self.network = copy.deepcopy(network).requires_grad_(False)
+        self._mine, self._theirs = _averaged(self.network), _averaged(network)
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the trained network after its step number `step`, from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self._mine, self._theirs, 1 - decay)
+
+
+def _averaged(network: nn.Module) -> list[torch.Tensor]:
+    """What moves during training: parameters and running statistics."""
+    statistics = [b for name, b in network.named_buffers() if "running_" in name]
+    return [*(p.detach() for p in network.parameters()), *statistics]

@@ -1,0 +1,70 @@
+"""The measured curve of one network: JSON, table and figure.
+
+    {"model": ..., "dataset": ..., "split": ..., "num_examples": n, "attack": {...},
+     "points": [{"lam": 0.0, "sa": 0.99, "ra": 0.05}, ...]}          accuracies are fractions in [0, 1]
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from oat_dist import plots
+from oat_dist.config import Config
+from oat_dist.data import PreparedData
+from oat_dist.evaluation import EvaluationAttack
+from oat_dist.runs import whole_file
+
+
+def make_report(
+    config: Config, data: PreparedData, split: str, attack: EvaluationAttack, points: Sequence[dict]
+) -> dict:
+    """Put a measurement into the form of frontier.json.
+
+    Args:
+        config: Configuration of the run that was measured.
+        data: Data set it was measured on.
+        split: Split of it.
+        attack: The attack.
+        points: From `oat_dist.evaluation.evaluate`.
+    """
+    return {
+        "model": config.model.name,
+        "dataset": data.name,
+        "split": split,
+        "num_examples": data.counts[split],
+        "attack": attack.to_dict(),
+        "points": list(points),
+    }
+
+
+def write_report(report: dict, stem: pathlib.Path) -> list[pathlib.Path]:
+    """Write STEM.json, STEM.png and STEM.svg; returns the paths.
+
+    Args:
+        report: From `make_report`.
+        stem: Path without suffix; its folder exists.
+    """
+    paths = [stem.with_name(stem.name + suffix) for suffix in (".json", ".png", ".svg")]
+    with whole_file(paths[0]) as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
+    for path in paths[1:]:
+        with whole_file(path) as temporary:
+            plots.draw_frontier(report, temporary)
+    return paths
+
+
+def print_report(report: dict, paths: Sequence[pathlib.Path]) -> None:
+    """Print the table lambda / SA / RA and where the files are."""
+    attack = report["attack"]
+    table = Table(title=f"{report['model']} on {report['dataset']} {report['split']}, n = {report['num_examples']}")
+    table.add_column("lambda", justify="right")
+    table.add_column("SA %", justify="right")
+    table.add_column(f"RA % ({attack['name']}, {attack['norm']}, eps {attack['eps'] * 255:g}/255)", justify="right")
+    for point in report["points"]:
+        table.add_row(f"{point['lam']:g}", f"{100 * point['sa']:.1f}", f"{100 * point['ra']:.1f}")
+    Console().print(table)
+    for path in paths:
+        print(path)

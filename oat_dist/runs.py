@@ -1,0 +1,175 @@
+"""A run is a folder; this file makes it, says where everything in it is, and reads a finished one back.
+
+    <output_dir>/<time>_<name>_<fingerprint>/
+        config.yaml  deepspeed.json  provenance.json  metrics.jsonl  timings.jsonl  tensorboard/
+        model.safetensors  frontier.json  frontier.png  frontier.svg  eval/*.json
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+
+import safetensors
+import safetensors.torch
+import torch
+
+from oat_dist.config import Config, fingerprint
+from oat_dist.config_io import read_config, write_config
+from oat_dist.data import PreparedData
+from oat_dist.errors import UserError
+from oat_dist.models import build_model
+from oat_dist.models.network import ConditionalNetwork
+
+_PACKAGES = ("torch", "triton", "deepspeed", "ffcv", "numpy", "safetensors")
+_FORMAT = "oat-dist/1"
+
+
+def create_run(config: Config, data: PreparedData, deepspeed: dict, ranks: int) -> pathlib.Path:
+    """Make the folder of a new run and write down what it is made from.
+
+    Args:
+        config: Its configuration.
+        data: Its data set.
+        deepspeed: The derived DeepSpeed configuration.
+        ranks: Number of ranks.
+
+    Returns:
+        The folder, which did not exist before.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    now = datetime.datetime.now()
+    stem = f"{now:%Y%m%d-%H%M%S}_{config.name}_{fingerprint(config)}"
+    try:
+        run = _new_folder(pathlib.Path(config.output_dir), stem)
+        write_config(config, run / "config.yaml")
+        (run / "deepspeed.json").write_text(json.dumps(deepspeed, indent=1))
+        provenance = {
+            "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
+            "started": now.astimezone().isoformat(timespec="seconds"),
+            "ranks": ranks,
+            "commit": _commit(),
+            "python": platform.python_version(),
+            "packages": {name: _version(name) for name in _PACKAGES},
+            "machine": {"processor": _processor(), "cores": os.cpu_count(), "gpu": _gpu()},
+            "data": {"name": data.name, "counts": dict(data.counts), "sha256": dict(data.sha256)},
+        }
+        (run / "provenance.json").write_text(json.dumps(provenance, indent=1))
+    except OSError as error:
+        raise UserError(f"output_dir={config.output_dir!r}: cannot write a run: {error.strerror or error}") from None
+    return run
+
+
+def save_model(network: ConditionalNetwork, data: PreparedData, path: pathlib.Path) -> None:
+    """Write a network as safetensors; channels and classes go into the header, so that it can be rebuilt.
+
+    Args:
+        network: Network to save.
+        data: Data set it was trained on.
+        path: Target; written under a temporary name and renamed.
+    """
+    about = {
+        "format": _FORMAT,
+        "in_channels": str(data.image_shape[2]),
+        "classes": json.dumps(data.classes),
+        "dataset": data.name,
+    }
+    tensors = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
+    with whole_file(path) as temporary:
+        temporary.write_bytes(safetensors.torch.save(tensors, metadata=about))
+
+
+def load_run(run: str | pathlib.Path) -> tuple[Config, ConditionalNetwork]:
+    """Read the configuration and the trained network of a run.
+
+    Args:
+        run: Folder of a finished run.
+
+    Returns:
+        The configuration, and the network on the CPU in evaluation mode.
+
+    Raises:
+        UserError: The folder, or a file in it, is missing or does not fit.
+    """
+    run = pathlib.Path(run)
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"--run {run}: not a run (no config.yaml); name a folder that training made")
+    path = run / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"--run {run}: has no model.safetensors; its training did not finish")
+    config = read_config(run / "config.yaml")
+    try:
+        with safetensors.safe_open(path, "pt") as stream:
+            about = stream.metadata() or {}
+        tensors = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged: {error}") from None
+    if about.get("format") != _FORMAT:
+        raise UserError(f"{path}: format {about.get('format')!r}, expected {_FORMAT!r}")
+    network = build_model(config, in_channels=int(about["in_channels"]), num_classes=len(json.loads(about["classes"])))
+    try:
+        network.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"{path}: does not fit {config.model.name}: {' '.join(str(error).split())}") from None
+    return config, network.eval()
+
+
+@contextlib.contextmanager
+def whole_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Give a temporary path in the folder of `path`; it becomes `path` when the block ends well, else it is removed."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _new_folder(parent: pathlib.Path, stem: str) -> pathlib.Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(1, 1000):
+        folder = parent / (stem if attempt == 1 else f"{stem}-{attempt}")
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            continue
+    raise FileExistsError(f"1000 runs named {stem}")
+
+
+def _commit() -> str | None:
+    """Commit of the source tree this package runs from, with `-dirty` for uncommitted changes."""
+    try:
+        here = pathlib.Path(__file__).parent
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """Model name of the CPU, where Linux tells it."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _gpu() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -1,0 +1,122 @@
+"""One training step up to the loss: condition once, attack the frozen network, one joint forward, per-image losses.
+
+This is the whole algorithm of Wang et al., "Once-for-All Adversarial Training" (NeurIPS 2020, Algorithm 1), and knows nothing
+of ranks or optimisers. Given the same adversarial images it equals the published three calls (clean forward,
+adversarial forward, backward) in losses, gradients and running statistics; docs/numerics.md says where the adversarial
+images differ. Nothing here waits for the device.
+
+Letters: N images, A of them with lambda > 0, K classes.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from oat_dist.attacks import evaluation_mode, pgd
+from oat_dist.config import Config
+from oat_dist.data import Batch
+from oat_dist.losses import ROBUST, once_for_all_loss
+from oat_dist.models.condition import Condition, Frozen
+from oat_dist.models.network import ConditionalNetwork
+from oat_dist.random import draw_keys
+
+Forward = Callable[[Tensor, Condition], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLosses:
+    """Losses of one micro-batch and what is counted for the log."""
+
+    loss_N: Tensor
+    """Once-for-all loss of each image, with a graph."""
+    counts: dict[str, Tensor]
+    """Scalars on the device, to be summed over images, micro-batches and ranks."""
+
+
+def training_losses(
+    network: ConditionalNetwork, batch: Batch, lam_N: Tensor, *, config: Config, epoch: int, forward: Forward
+) -> StepLosses:
+    """Losses of a micro-batch.
+
+    Args:
+        network: The network, in training mode.
+        batch: Images whose lambdas are `lam_N`, those with lambda = 0 first.
+        lam_N: [N] float64 on the host.
+        config: Configuration of the run.
+        epoch: Epoch, part of the key of the random starts.
+        forward: The training forward, (images, condition) -> logits; the network itself or an engine around it.
+
+    Returns:
+        Per-image losses and counts.
+    """
+    x, label_N = batch.image_NCHW, batch.label_N
+    cond = network.condition(lam_N)
+    attacked = slice(cond.num_zero, None)
+    frozen = network.freeze(cond).images(attacked)
+    x_adv = attack_images(
+        network, frozen, x[attacked], label_N[attacked], batch.index_N[attacked], config=config, epoch=epoch
+    )
+    logits = forward(torch.cat((x, x_adv)), cond.joint())
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    clean_logits, adv_logits = logits.split((len(x), len(x_adv)))
+    loss_N, clean_N, robust_A = once_for_all_loss(
+        clean_logits,
+        adv_logits,
+        label_N,
+        lam_N.to(logits.device, logits.dtype, non_blocking=True),
+        robust=ROBUST[config.loss.robust],
+        label_smoothing=config.loss.label_smoothing,
+    )
+    with torch.no_grad():
+        counts = {
+            "loss": loss_N.sum(),
+            "loss_clean": clean_N.sum(),
+            "loss_robust": robust_A.sum(),
+            "correct_clean": (clean_logits.argmax(1) == label_N).sum(),
+            "correct_robust": (adv_logits.argmax(1) == label_N[attacked]).sum(),
+        }
+    return StepLosses(loss_N=loss_N, counts={key: value.detach() for key, value in counts.items()})
+
+
+def attack_images(
+    network: ConditionalNetwork, frozen: Frozen, x: Tensor, label: Tensor, index: Tensor, *, config: Config, epoch: int
+) -> Tensor:
+    """Adversarial partners of images by the attack of the configuration, under its autocast.
+
+    Args:
+        network: The network; it is in evaluation mode during the attack and in its own mode again after.
+        frozen: The network as constants, with the lambda of each image.
+        x: [A, C, H, W] images in [0, 1].
+        label: [A] classes.
+        index: [A] dataset indices on the host, for the keys of the random starts.
+        config: Configuration of the run.
+        epoch: Part of the key.
+
+    Returns:
+        [A, C, H, W] adversarial images.
+    """
+    cfg = config.attack
+    key = None
+    if cfg.random_start:
+        key = draw_keys(config.seed, "random start", epoch, index.to(x.device, non_blocking=True))
+    with evaluation_mode(network), autocast(x.device, config.engine.precision):
+        return pgd(
+            lambda images: network.attack_logits(images, frozen),
+            x,
+            label,
+            eps=cfg.eps,
+            steps=cfg.steps,
+            step_size=cfg.step_size,
+            norm=cfg.norm,
+            start_key=key,
+        )
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """bfloat16 autocast for `bf16`, nothing for `fp32`."""
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
