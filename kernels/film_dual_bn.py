@@ -34,7 +34,7 @@ def film_dual_bn(
     sync: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """y = act( FiLM( DualBN(x) ) + residual ).
+    """Y = act( FiLM( DualBN(x) ) + residual ).
 
     Args:
         x: [N, C, H, W], float64, float32, bfloat16 or float16. Statistics are float32 (float64 for float64 input).
@@ -63,7 +63,12 @@ def film_dual_bn(
     """
     _check_images(x, residual, backend)
     num_groups = len(weight) if weight.dim() == 2 else 0
-    for name, tensor in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
+    for name, tensor in (
+        ("weight", weight),
+        ("bias", bias),
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+    ):
         _check_shape(name, tensor, (num_groups, x.shape[1]), x)
     _check_index("segment", segment, len(group_of_segment), x)
     if not all(0 <= g < num_groups for g in group_of_segment):
@@ -98,7 +103,7 @@ def modulate(
     relu: bool = True,
     backend: str = "auto",
 ) -> Tensor:
-    """y = act(scale[row] * x + shift[row] + residual): a normalisation site whose statistics are constants.
+    """Y = act(scale[row] * x + shift[row] + residual): a normalisation site whose statistics are constants.
 
     Args:
         x: [N, C, H, W], any float dtype.

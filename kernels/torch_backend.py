@@ -96,10 +96,8 @@ def forward(
     return _finish(y, residual, relu, x.dtype)
 
 
-def modulate(
-    x: Tensor, scale: Tensor, shift: Tensor, row: Tensor, *, residual: Tensor | None, relu: bool
-) -> Tensor:
-    """y = act(scale[row] * x + shift[row] + residual): the frozen form."""
+def modulate(x: Tensor, scale: Tensor, shift: Tensor, row: Tensor, *, residual: Tensor | None, relu: bool) -> Tensor:
+    """Y = act(scale[row] * x + shift[row] + residual): the frozen form."""
     acc = accumulator(x.dtype)
     scale_N = scale.to(acc).index_select(0, row)[:, :, None, None]
     shift_N = shift.to(acc).index_select(0, row)[:, :, None, None]

@@ -1,8 +1,8 @@
 """Train one once-for-all network and measure its curve.
 
-    deepspeed launch/train.py --config launch/configs/digits.yaml [--section.field=value ...]
-    python launch/train.py --config launch/configs/digits.yaml            one process
-    deepspeed --num_accelerators 2 launch/train.py --config ...           two processes, on a CPU too
+deepspeed launch/train.py --config launch/configs/digits.yaml [--section.field=value ...]
+python launch/train.py --config launch/configs/digits.yaml            one process
+deepspeed --num_accelerators 2 launch/train.py --config ...           two processes, on a CPU too
 """
 
 from collections.abc import Sequence

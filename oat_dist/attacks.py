@@ -1,8 +1,8 @@
 """Gradient attacks on a function from images to logits.
 
-Projected gradient ascent on the loss within a ball around the image and within [0, 1] (Madry et al., "Towards Deep Learning
-Models Resistant to Adversarial Attacks", ICLR 2018, section 2.1). An attack knows neither network nor lambda: who calls
-it closes over them. What depends on the norm is in `NORMS`, apart from the loop.
+Projected gradient ascent on the loss within a ball around the image and within [0, 1] (Madry et al., "Towards Deep
+Learning Models Resistant to Adversarial Attacks", ICLR 2018, section 2.1). An attack knows neither network nor lambda:
+who calls it closes over them. What depends on the norm is in `NORMS`, apart from the loop.
 
 Letters: N images, C channels, H, W, D = C*H*W, K classes.
 """

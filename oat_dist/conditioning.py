@@ -1,7 +1,8 @@
 """Lambda: how it is drawn in training, and the code by which a network is told about it.
 
-Distributions have a point mass at 0 that is dealt exactly (see `LambdaSampler`); encodings follow Wang et al., "Once-for-All
-Adversarial Training" (NeurIPS 2020), section 3.2. Lambdas live on the host in float64, because 0.1 must stay 0.1.
+Distributions have a point mass at 0 that is dealt exactly (see `LambdaSampler`); encodings follow Wang et al.,
+"Once-for-All Adversarial Training" (NeurIPS 2020), section 3.2. Lambdas live on the host in float64, because 0.1 must
+stay 0.1.
 
 Letters: N images, K knots (lambdas that own a code), L distinct lambdas, E encoding width.
 """
@@ -87,10 +88,10 @@ class LambdaSampler:
 class LambdaEncoder(nn.Module):
     """Codes of lambda, the input of the FiLM generators. All tables are buffers, so a checkpoint carries them.
 
-    `onehot`, `dct` and `orthogonal` give every knot a code: a unit vector, a row of the orthonormal DCT-II matrix, a row
-    of a random orthogonal matrix. A lambda between two knots has no code: the FiLM outputs of the two are interpolated
-    (see `plan`). `none` is lambda itself; `fourier` is [cos, sin](2 pi f lambda) for frequencies from 1/4 to 8
-    (Tancik et al., "Fourier Features Let Networks Learn High Frequency Functions", NeurIPS 2020, section 2).
+    `onehot`, `dct` and `orthogonal` give every knot a code: a unit vector, a row of the orthonormal DCT-II matrix, a
+    row of a random orthogonal matrix. A lambda between two knots has no code: the FiLM outputs of the two are
+    interpolated (see `plan`). `none` is lambda itself; `fourier` is [cos, sin](2 pi f lambda) for frequencies from 1/4
+    to 8 (Tancik et al., "Fourier Features Let Networks Learn High Frequency Functions", NeurIPS 2020, section 2).
     """
 
     def __init__(self, cfg: ConditioningConfig, *, seed: int) -> None:

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 
+def default_device() -> torch.device:
+    """The first GPU where there is one, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
 @dataclass(frozen=True, kw_only=True)
 class World:
     """This process among all processes of a run."""

@@ -1,7 +1,7 @@
 """DeepSpeed: process group, gradient reduction, precision, ZeRO, accumulation. The only file that imports deepspeed.
 
-DeepSpeed averages gradients over ranks; the loss it is given is therefore ranks * (sum of this rank's images) / (images of
-the global batch), and its own division by the accumulation steps is switched off. Then unequal numbers of images per
+DeepSpeed averages gradients over ranks; the loss it is given is therefore ranks * (sum of this rank's images) / (images
+of the global batch), and its own division by the accumulation steps is switched off. Then unequal numbers of images per
 rank or micro-batch still weigh every image the same.
 """
 

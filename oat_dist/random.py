@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 
-
 def _signed(word: int) -> int:
     return word - (1 << 64) if word >= 1 << 63 else word
 
@@ -88,4 +87,3 @@ def permutation(num: int, seed: int, purpose: str, *words: int) -> Tensor:
     """[num] int64: a random order of 0 .. num-1."""
     index = torch.arange(num, dtype=torch.int64)
     return random_bits(draw_keys(seed, purpose, *words, index), 1)[:, 0].argsort(stable=True)
-

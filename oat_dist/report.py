@@ -1,7 +1,7 @@
 """The measured curve of one network: JSON, table and figure.
 
-    {"model": ..., "dataset": ..., "split": ..., "num_examples": n, "attack": {...},
-     "points": [{"lam": 0.0, "sa": 0.99, "ra": 0.05}, ...]}          accuracies are fractions in [0, 1]
+{"model": ..., "dataset": ..., "split": ..., "num_examples": n, "attack": {...},
+"points": [{"lam": 0.0, "sa": 0.99, "ra": 0.05}, ...]}          accuracies are fractions in [0, 1]
 """
 
 import json
@@ -13,38 +13,63 @@ from rich.table import Table
 
 from oat_dist import plots
 from oat_dist.config import Config
-from oat_dist.data import PreparedData
-from oat_dist.evaluation import EvaluationAttack
+from oat_dist.data import PreparedData, evaluation_batches
+from oat_dist.distributed import World
+from oat_dist.evaluation import EvaluationAttack, evaluate
+from oat_dist.models.network import ConditionalNetwork
 from oat_dist.runs import whole_file
 
 
-def make_report(
-    config: Config, data: PreparedData, split: str, attack: EvaluationAttack, points: Sequence[dict]
+def measure(
+    network: ConditionalNetwork,
+    data: PreparedData,
+    attack: EvaluationAttack,
+    lambdas: Sequence[float],
+    *,
+    config: Config,
+    split: str,
+    batch_size: int,
+    world: World,
+    stem: pathlib.Path,
 ) -> dict:
-    """Put a measurement into the form of frontier.json.
+    """Measure a network, write STEM.json, STEM.png and STEM.svg, and print the table (on the main rank).
 
     Args:
-        config: Configuration of the run that was measured.
-        data: Data set it was measured on.
-        split: Split of it.
+        network: The network, on the device of `world`.
+        data: Data set to measure on.
         attack: The attack.
-        points: From `oat_dist.evaluation.evaluate`.
+        lambdas: Where on the curve.
+        config: Configuration of the run; it names model, seed and loader.
+        split: Split of the data set.
+        batch_size: Images per forward pass and rank.
+        world: The ranks that share the images.
+        stem: Path without suffix; its folder exists.
+
+    Returns:
+        The report, in the form of frontier.json.
     """
-    return {
+    batches = evaluation_batches(
+        data, split, config.data, batch_size, rank=world.rank, ranks=world.ranks, device=world.device
+    )
+    points = evaluate(network, batches, lambdas, attack, seed=config.seed, world=world)
+    report = {
         "model": config.model.name,
         "dataset": data.name,
         "split": split,
         "num_examples": data.counts[split],
         "attack": attack.to_dict(),
-        "points": list(points),
+        "points": points,
     }
+    if world.is_main:
+        print_report(report, write_report(report, stem))
+    return report
 
 
 def write_report(report: dict, stem: pathlib.Path) -> list[pathlib.Path]:
     """Write STEM.json, STEM.png and STEM.svg; returns the paths.
 
     Args:
-        report: From `make_report`.
+        report: In the form of frontier.json.
         stem: Path without suffix; its folder exists.
     """
     paths = [stem.with_name(stem.name + suffix) for suffix in (".json", ".png", ".svg")]

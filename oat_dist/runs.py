@@ -1,8 +1,8 @@
 """A run is a folder; this file makes it, says where everything in it is, and reads a finished one back.
 
-    <output_dir>/<time>_<name>_<fingerprint>/
-        config.yaml  deepspeed.json  provenance.json  metrics.jsonl  timings.jsonl  tensorboard/
-        model.safetensors  frontier.json  frontier.png  frontier.svg  eval/*.json
+<output_dir>/<time>_<name>_<fingerprint>/
+config.yaml  deepspeed.json  provenance.json  metrics.jsonl  timings.jsonl  tensorboard/
+model.safetensors  frontier.json  frontier.png  frontier.svg  eval/*.json
 """
 
 import contextlib
@@ -131,6 +131,22 @@ def whole_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def free_stem(folder: pathlib.Path, stem: str) -> pathlib.Path:
+    """A path in `folder` (made if need be) of which no STEM.json exists: `stem`, else `stem-2`, `stem-3`, ...
+
+    Raises:
+        UserError: The folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made: {error.strerror or error}") from None
+    attempt = 1
+    while (path := folder / (stem if attempt == 1 else f"{stem}-{attempt}")).with_name(f"{path.name}.json").exists():
+        attempt += 1
+    return path
 
 
 def _new_folder(parent: pathlib.Path, stem: str) -> pathlib.Path:

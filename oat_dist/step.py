@@ -1,7 +1,7 @@
 """One training step up to the loss: condition once, attack the frozen network, one joint forward, per-image losses.
 
-This is the whole algorithm of Wang et al., "Once-for-All Adversarial Training" (NeurIPS 2020, Algorithm 1), and knows nothing
-of ranks or optimisers. Given the same adversarial images it equals the published three calls (clean forward,
+This is the whole algorithm of Wang et al., "Once-for-All Adversarial Training" (NeurIPS 2020, Algorithm 1), and knows
+nothing of ranks or optimisers. Given the same adversarial images it equals the published three calls (clean forward,
 adversarial forward, backward) in losses, gradients and running statistics; docs/numerics.md says where the adversarial
 images differ. Nothing here waits for the device.
 

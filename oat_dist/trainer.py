@@ -15,7 +15,7 @@ from oat_dist.data import PreparedData, TrainLoader
 from oat_dist.data.sources import SOURCES
 from oat_dist.distributed import World
 from oat_dist.engine import Engine, deepspeed_config
-from oat_dist.evaluation import EvaluationAttack, evaluate
+from oat_dist.evaluation import EvaluationAttack
 from oat_dist.metrics import MetricsWriter
 from oat_dist.models import build_model
 from oat_dist.models.network import ConditionalNetwork
@@ -49,7 +49,19 @@ def train(config: Config, world: World) -> pathlib.Path:
     final = averaged.network if averaged else network
     if world.is_main:
         runs.save_model(final, data, run / "model.safetensors")
-    measure(final, data, config=config, world=world, run=run)
+    cfg, stem = config.evaluation, run / "frontier"
+    attack = EvaluationAttack(norm=config.attack.norm, eps=config.attack.eps, steps=cfg.steps, restarts=cfg.restarts)
+    report.measure(
+        final,
+        data,
+        attack,
+        cfg.lambdas,
+        config=config,
+        split=cfg.split,
+        batch_size=cfg.batch_size,
+        world=world,
+        stem=stem,
+    )
     return run
 
 
@@ -87,7 +99,7 @@ def fit(
         steps_per_epoch=loader.steps_per_epoch,
     )
     total_steps = config.optim.epochs * loader.steps_per_epoch
-    log = _Log(config, world)
+    log = _Log(world)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
@@ -101,9 +113,7 @@ def fit(
                 lr = learning_rate(config.optim, step, total_steps)
                 for batch in micro_batches:
                     lam_N = sampler.draw(epoch, step_in_epoch, batch.position_N, batch.index_N)
-                    losses = training_losses(
-                        network, batch, lam_N, config=config, epoch=epoch, forward=engine.forward
-                    )
+                    losses = training_losses(network, batch, lam_N, config=config, epoch=epoch, forward=engine.forward)
                     engine.backward_and_step(losses.loss_N, lr)
                     log.add(losses.counts, clean=len(lam_N), attacked=int((lam_N > 0).sum()))
                 if averaged is not None:
@@ -116,27 +126,10 @@ def fit(
                     progress.update(bar, description=f"epoch {epoch + 1}, loss {values['loss']:.3f}")
 
 
-def measure(
-    network: ConditionalNetwork, data: PreparedData, *, config: Config, world: World, run: pathlib.Path
-) -> None:
-    """Evaluate at the lambdas of the configuration; the main rank writes frontier.* and prints the table."""
-    cfg = config.evaluation
-    attack = EvaluationAttack(
-        norm=config.attack.norm, eps=config.attack.eps, steps=cfg.steps, restarts=cfg.restarts
-    )
-    batches = data_sets.evaluation_batches(
-        data, cfg.split, config.data, cfg.batch_size, rank=world.rank, ranks=world.ranks, device=world.device
-    )
-    points = evaluate(network, batches, cfg.lambdas, attack, seed=config.seed, world=world)
-    if world.is_main:
-        measured = report.make_report(config, data, cfg.split, attack, points)
-        report.print_report(measured, report.write_report(measured, run / "frontier"))
-
-
 class _Log:
     """Sums counts on the device between two log steps and turns them into means over all ranks."""
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, world: World) -> None:
         self.world = world
         self._reset()
 

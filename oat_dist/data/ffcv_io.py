@@ -3,9 +3,10 @@
 FFCV reads; order and augmentation are ours (FFCV's own random transforms draw from thread-local generators that no seed
 reaches). Images are fixed-size uint8 arrays (NDArrayField), so any number of channels is stored bit by bit.
 
-Facts about FFCV 1.0.2 that this file lives with: importing it, making a loader and starting an epoch each change torch's
-number of threads, the last one again from a background thread; `drop_last` is on by default; an order must be one of
-FFCV's names unless `traversal_order` is set afterwards; on a CPU the memory of a batch is used again by later batches.
+Facts about FFCV 1.0.2 that this file lives with: importing it, making a loader and starting an epoch each change
+torch's number of threads, the last one again from a background thread; `drop_last` is on by default; an order must be
+one of FFCV's names unless `traversal_order` is set afterwards; on a CPU the memory of a batch is used again by later
+batches.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
 """Batches: which image is where in which rank's batch, and the way from stored bytes to augmented pixels.
 
-The order of an epoch is a keyed permutation, cut into global batches. Position p of a global batch belongs to micro-batch
-p mod A of rank (p div A) mod R, with A accumulation steps and R ranks. So the images of micro-batch m are the same on any
-number of ranks, and every property that follows the position (lambda = 0, see `conditioning.LambdaSampler`) is spread
-evenly. Both readers feed the same code, so their batches are equal bit by bit.
+The order of an epoch is a keyed permutation, cut into global batches. Position p of a global batch belongs to
+micro-batch p mod A of rank (p div A) mod R, with A accumulation steps and R ranks. So the images of micro-batch m are
+the same on any number of ranks, and every property that follows the position (lambda = 0, see
+`conditioning.LambdaSampler`) is spread evenly. Both readers feed the same code, so their batches are equal bit by bit.
 
 Letters: N images of a batch, M images of a pass.
 """
@@ -114,7 +114,9 @@ class TrainLoader:
             expected = f"at most the {num_images} training images of {data.name}"
             raise UserError(f"optim.batch_size={optim.batch_size}: must be {expected}")
         if optim.batch_size < ranks * accumulation:
-            expected = f"at least ranks x engine.accumulation = {ranks} x {accumulation}, so that every rank has an image"
+            expected = (
+                f"at least ranks x engine.accumulation = {ranks} x {accumulation}, so that every rank has an image"
+            )
             raise UserError(f"optim.batch_size={optim.batch_size}: must be {expected}")
         self.config, self.device = config, device
         self.steps_per_epoch = num_images // optim.batch_size

@@ -82,7 +82,9 @@ def open_prepared(root: str, name: str) -> PreparedData:
         )
     except OSError as error:
         known = ", ".join(sorted(SOURCES))
-        expected = f"no prepared data set at {folder} ({error.strerror}); data.root must hold it, or take one of: {known}"
+        expected = (
+            f"no prepared data set at {folder} ({error.strerror}); data.root must hold it, or take one of: {known}"
+        )
         raise UserError(f"data.dataset={name!r}: {expected}") from None
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
         raise UserError(f"{path}: not a description of a data set; prepare it again") from None

@@ -38,9 +38,7 @@ def once_for_all_loss(
     """
     clean_N = F.cross_entropy(clean_logits_NK, label_N, reduction="none", label_smoothing=label_smoothing)
     first = len(label_N) - len(adversarial_logits_AK)
-    robust_A = robust(
-        clean_logits_NK[first:], adversarial_logits_AK, label_N[first:], label_smoothing=label_smoothing
-    )
+    robust_A = robust(clean_logits_NK[first:], adversarial_logits_AK, label_N[first:], label_smoothing=label_smoothing)
     weighted_N = (1 - lam_N) * clean_N
     loss_N = torch.cat((weighted_N[:first], weighted_N[first:] + lam_N[first:] * robust_A))
     return loss_N, clean_N, robust_A

@@ -1,7 +1,7 @@
 """What a network is told about the lambdas of a batch, computed once and used at every normalisation site.
 
-`Condition` is for a training forward (statistics of the batch, gradients to the FiLM generators); `Frozen` is for attack
-steps and test time (every site folded to one scale and shift per distinct lambda, nothing requires a gradient).
+`Condition` is for a training forward (statistics of the batch, gradients to the FiLM generators); `Frozen` is for
+attack steps and test time (every site folded to one scale and shift per distinct lambda, nothing requires a gradient).
 
 Letters: N images, L distinct lambdas, C channels, S segments.
 """

@@ -1,8 +1,8 @@
 """FiLM generator: from a code of lambda to a per-channel scale and shift.
 
-Wang et al., "Once-for-All Adversarial Training" (NeurIPS 2020), section 3.2: Linear - LeakyReLU - Linear, then LeakyReLU on
-the output in the authors' code. FiLM itself: Perez et al., "FiLM: Visual Reasoning with a General Conditioning Layer"
-(AAAI 2018), equation 1.
+Wang et al., "Once-for-All Adversarial Training" (NeurIPS 2020), section 3.2: Linear - LeakyReLU - Linear, then
+LeakyReLU on the output in the authors' code. FiLM itself: Perez et al., "FiLM: Visual Reasoning with a General
+Conditioning Layer" (AAAI 2018), equation 1.
 
 Letters: L distinct lambdas, E encoding width, C channels.
 """

@@ -40,9 +40,7 @@ class FiLMDualBN2d(nn.Module):
         self.register_buffer("running_var", torch.ones(num_groups, channels))
         self.film = film
 
-    def forward(
-        self, x: Tensor, cond: Condition | Frozen, residual: Tensor | None = None, relu: bool = True
-    ) -> Tensor:
+    def forward(self, x: Tensor, cond: Condition | Frozen, residual: Tensor | None = None, relu: bool = True) -> Tensor:
         """Normalise [N, C, H, W] under a condition; in training mode the running statistics move."""
         if isinstance(cond, Frozen):
             scale_LC, shift_LC = cond.affines[self.index]
