@@ -43,8 +43,8 @@ def positive_lambdas(cfg: ConditioningConfig, u_N: Tensor) -> Tensor:
 class LambdaSampler:
     """Lambda of every image of a training batch.
 
-    With per-image sampling, the first ceil(mass at 0 * global batch) positions of every global batch have lambda = 0 and
-    the others a positive draw keyed by their image, so shares are exact and do not depend on ranks. Positions are a
+    With per-image sampling, the first ceil(mass at 0 * global batch) positions of every global batch have lambda = 0
+    and the others a positive draw keyed by their image, so shares are exact and do not depend on ranks. Positions are a
     random order of the images, hence so is the choice of zeros. With per-batch sampling the same holds for the batches
     of an epoch.
     """

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from oat_dist.errors import require
@@ -82,7 +83,7 @@ class ConditioningConfig:
     film: Literal["mlp", "none"] = "mlp"
     """Per-channel scale and shift generated from the code of lambda (paper, section 3.2), or no conditioning at all."""
     film_start: Literal["identity", "paper"] = "identity"
-    """`identity`: scale 1 + output, last layer zero, so training starts unmodulated; `paper`: LeakyReLU of the output."""
+    """`identity`: scale 1 + output, last layer zero, so training starts unmodulated; `paper`: LeakyReLU on it."""
     norm: Literal["dual", "single"] = "dual"
     """`dual`: one batch norm for lambda = 0, another for lambda > 0 (paper, section 3.3)."""
 
@@ -211,7 +212,7 @@ class OptimConfig:
     epochs: int = 200
     """Passes over the training split (paper, section 4.1: 200)."""
     batch_size: int = 128
-    """Images per optimiser step, over all ranks and accumulation steps. The last incomplete batch of an epoch is left."""
+    """Images per optimiser step, over all ranks and accumulation steps. An epoch leaves out its incomplete batch."""
     schedule: Literal["cosine", "onecycle", "constant"] = "cosine"
     """`cosine` falls to 0 over the run; `onecycle` rises linearly for `warmup_share`, then falls linearly to 0."""
     warmup_share: float = 0.0
@@ -350,5 +351,5 @@ def fingerprint(config: Config) -> str:
 def _check_lambdas(key: str, lambdas: tuple[float, ...]) -> None:
     require(len(lambdas) > 0, key, lambdas, "must name at least one lambda")
     require(all(0 <= lam <= 1 for lam in lambdas), key, lambdas, "every lambda must lie in [0, 1]")
-    ok = all(a < b for a, b in zip(lambdas, lambdas[1:], strict=False))
+    ok = all(a < b for a, b in pairwise(lambdas))
     require(ok, key, lambdas, "lambdas must increase, none twice")

@@ -10,6 +10,7 @@ import json
 import pathlib
 import typing
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import yaml
@@ -84,7 +85,7 @@ def _parser() -> ArgumentParser:
 def _config_files(args: Sequence[str]) -> list[pathlib.Path]:
     """The values of --config FILE and --config=FILE, in order."""
     files = [a.removeprefix("--config=") for a in args if a.startswith("--config=")]
-    files += [b for a, b in zip(args, args[1:], strict=False) if a == "--config"]
+    files += [b for a, b in pairwise(args) if a == "--config"]
     return [pathlib.Path(f) for f in files]
 
 

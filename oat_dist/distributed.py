@@ -1,7 +1,7 @@
 """The ranks of a run and the few collectives the library needs beside the gradients'."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +24,7 @@ class World:
     """Number of this process, from 0."""
     ranks: int = 1
     """Number of processes."""
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where this process computes."""
 
     @property

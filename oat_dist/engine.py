@@ -108,7 +108,7 @@ class Engine:
 
 
 def _import_deepspeed():
-    """Import DeepSpeed with its chatter off and without the CPU operator it would compile at every machine's first run."""
+    """Import DeepSpeed with its chatter off and without the CPU operator it would compile on first use."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 

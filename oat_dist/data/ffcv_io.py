@@ -58,8 +58,8 @@ class BetonReader:
         """
         if not is_installed():
             raise UserError(
-                "data.loader='ffcv': FFCV is not installed; run `make setup` or `pip install -e .[ffcv]` (it builds against "
-                "libopencv-dev, libturbojpeg0-dev and pkg-config), or set data.loader=memory"
+                "data.loader='ffcv': FFCV is not installed; run `make setup` or `pip install -e .[ffcv]` (it builds "
+                "against libopencv-dev, libturbojpeg0-dev and pkg-config), or set data.loader=memory"
             )
         with _same_threads():
             from ffcv.fields.basics import IntDecoder

@@ -1,4 +1,4 @@
-"""A prepared data set: a folder with one file per split and format, and `dataset.json` that describes and vouches for them.
+"""A prepared data set: a folder with one file per split and format, and `dataset.json` that describes them.
 
     <root>/<name>/dataset.json  {train,val,test}.safetensors  {train,val,test}.beton (when FFCV is installed)
 
