@@ -124,8 +124,9 @@ def update_running(
 
     An empty segment moves nothing; a segment of one value moves only the mean (it has no unbiased variance).
     """
-    mean_weight_S = momentum * (count_S > 0)
-    var_weight_S = momentum * (count_S > 1)
+    # Cast before the product: momentum times a boolean would be rounded to float32.
+    mean_weight_S = momentum * (count_S > 0).to(count_S.dtype)
+    var_weight_S = momentum * (count_S > 1).to(count_S.dtype)
     unbiased_SC = var_SC * (count_S / (count_S - 1).clamp(min=1))[:, None]
     for s, g in enumerate(group_of_segment):
         running_mean[g] += mean_weight_S[s] * (mean_SC[s] - running_mean[g])

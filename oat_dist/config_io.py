@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import pathlib
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -125,8 +126,15 @@ def _one_line(message: str) -> str:
         return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "; --help lists all keys")
     if line.startswith('Parser key "'):
         key, _, rest = line.removeprefix('Parser key "').partition('": ')
-        return f"{key}: {rest}"
+        return f"{key}: {_plain_types(rest)}"
     return line
+
+
+def _plain_types(message: str) -> str:
+    """Jsonargparse's "Expected a TYPE. Got value: X" in the words of a user."""
+    message = message.replace("Expected a ", "expected ", 1).replace(". Got value: ", ", got ", 1)
+    message = re.sub(r"<class '([\w.]+)'>", r"\1", message)
+    return message.replace("typing.Literal", "one of ")
 
 
 def _dotted_keys(settings: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -1,0 +1,62 @@
+"""The architecture: who may import what."""
+
+import ast
+import pathlib
+
+import pytest
+
+import kernels
+
+ROOT = pathlib.Path(__file__).parent.parent
+FLOORS = {"kernels": 0, "oat_dist": 1, "launch": 2, "tune": 2}
+OWNERS = {
+    "deepspeed": "oat_dist/engine.py",
+    "ffcv": "oat_dist/data/ffcv_io.py",
+    "jsonargparse": "oat_dist/config_io.py",
+    "ray": None,
+}
+SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
+
+
+def imported(path: pathlib.Path) -> set[str]:
+    """Top-level packages that a file imports anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_floor_imports_no_higher_floor_and_a_package_only_by_its_owner(path):
+    name = str(path.relative_to(ROOT))
+    floor = FLOORS[name.partition("/")[0]]
+    for package in imported(path):
+        assert FLOORS.get(package, -1) <= floor, f"{name} imports {package} of a higher floor"
+        if package in OWNERS:
+            assert OWNERS[package] == name, f"{name} imports {package}; only {OWNERS[package]} may"
+
+
+def test_the_lowest_floor_imports_only_torch_triton_and_itself():
+    allowed = {"kernels", "torch", "triton", "collections", "dataclasses", "math", "typing"}
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert imported(path) <= allowed, path
+
+
+def test_the_configuration_needs_the_standard_library_alone():
+    outside = imported(ROOT / "oat_dist/config.py") - {"oat_dist"}
+    assert outside <= {"dataclasses", "hashlib", "itertools", "json", "math", "typing"}
+
+
+def test_the_kernels_that_are_imported_are_ours():
+    assert pathlib.Path(kernels.__file__).parent == ROOT / "kernels"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if p.name != "__init__.py"], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_every_file_stays_small_enough_to_read(path):
+    assert len(path.read_text().splitlines()) <= 400
