@@ -9,6 +9,7 @@ import difflib
 import json
 import pathlib
 import re
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -126,15 +127,30 @@ def _one_line(message: str) -> str:
         return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "; --help lists all keys")
     if line.startswith('Parser key "'):
         key, _, rest = line.removeprefix('Parser key "').partition('": ')
-        return f"{key}: {_plain_types(rest)}"
+        return _type_error(key, rest) if key in _dotted_keys(to_dict(Config())) else f"{key}: {rest}"
     return line
 
 
-def _plain_types(message: str) -> str:
-    """Jsonargparse's "Expected a TYPE. Got value: X" in the words of a user."""
-    message = message.replace("Expected a ", "expected ", 1).replace(". Got value: ", ", got ", 1)
-    message = re.sub(r"<class '([\w.]+)'>", r"\1", message)
-    return message.replace("typing.Literal", "one of ")
+def _type_error(key: str, message: str) -> str:
+    """Jsonargparse's report of a wrong type, in the words of a user: what the key takes and what it got."""
+    got = re.search(r"(?:Got|Given) value: (.*)$", message)
+    hint: Any = Config
+    for part in key.split("."):
+        hint = typing.get_type_hints(hint)[part]
+    if got is None or dataclasses.is_dataclass(hint):
+        return f"{key}: {message}"
+    return f"{key}={got[1]}: expected {_type_name(hint)}"
+
+
+def _type_name(hint: Any) -> str:
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, options))
+    if typing.get_origin(hint) is tuple:
+        return "a list of numbers, e.g. [0, 0.5, 1]"
+    if types.NoneType in options:
+        return " or ".join(_type_name(option) for option in options if option is not types.NoneType) + " or null"
+    return {float: "a number", int: "an integer", bool: "true or false", str: "text"}[hint]
 
 
 def _dotted_keys(settings: Mapping[str, Any], prefix: str = "") -> list[str]:

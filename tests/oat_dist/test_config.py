@@ -7,20 +7,22 @@ import typing
 
 import pytest
 
-from oat_dist.config import ConditioningConfig, Config, OptimConfig, fingerprint, to_dict
+from oat_dist.config import ConditioningConfig, Config, ModelConfig, OptimConfig, fingerprint, to_dict
 from oat_dist.config_io import from_dict, load_config, read_config, write_config
 from oat_dist.errors import UserError
 from oat_dist.models import MODELS
 
 WRONG = {
     "--optim.lrr=1": "optim.lrr: unknown key; did you mean optim.lr?",
-    "--optim.lr=abc": "optim.lr: expected float, got abc",
+    "--optim.lr=abc": "optim.lr=abc: expected a number",
     "--optim.lr=-1": "optim.lr=-1.0: must be positive",
     "--optim.lr=.nan": "optim.lr=nan: must be positive",
-    "--optim.epochs=1.5": "optim.epochs: ",
+    "--optim.epochs=1.5": "optim.epochs=1.5: expected an integer",
     "--optim.batch_size=0": "optim.batch_size=0: must be at least 1",
-    "--model.name=resnet9": "model.name: expected one of ['resnet8', 'wrn10_2'], got resnet9",
-    "--engine.zero_stage=3": "engine.zero_stage: ",
+    "--model.name=resnet9": "model.name=resnet9: expected one of resnet8, wrn10_2",
+    "--engine.zero_stage=3": "engine.zero_stage=3: expected one of 0, 1, 2",
+    "--optim.nesterov=3": "optim.nesterov=3: expected true or false",
+    "--conditioning.knots=abc": "conditioning.knots=abc: expected a list of numbers, e.g. [0, 0.5, 1] or null",
     "--attack.steps=0": "attack.steps=0: ",
     "--attack.eps_255=-1": "attack.eps_255=-1.0: ",
     "--conditioning.lambdas=[0,1.5]": "conditioning.lambdas=(0.0, 1.5): every lambda must lie in [0, 1]",
@@ -57,7 +59,7 @@ FILES = {
     "optim: 3\n": "optim=3: in .* this is a section with keys optimizer, lr",
     "optim: [\n": "--config .*: not valid YAML",
     "- 1\n": "--config .*: expected sections and keys, got list",
-    "optim:\n  lr: fast\n": "optim.lr: ",
+    "optim:\n  lr: fast\n": "optim.lr=fast: expected a number",
 }
 
 
