@@ -60,7 +60,7 @@ class ConditionalNetwork(nn.Module):
         Raises:
             UserError: A lambda outside [0, 1].
         """
-        lam_N = lam_N.detach().to("cpu", torch.float64)
+        lam_N = lam_N.detach().to("cpu", torch.float64).contiguous()
         if not bool(((lam_N >= 0) & (lam_N <= 1)).all()):
             raise UserError(f"lam={lam_N[~((lam_N >= 0) & (lam_N <= 1))][0].item()}: lambda must lie in [0, 1]")
         lam_L, row_N = self.encoder.rows(lam_N) if self.encoder else torch.unique(lam_N, return_inverse=True)

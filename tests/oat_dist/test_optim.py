@@ -1,0 +1,56 @@
+"""Schedules, optimisers, averaged weights."""
+
+import pytest
+import torch
+from torch import nn
+
+from oat_dist.config import OptimConfig
+from oat_dist.optim import AveragedNetwork, build_optimizer, learning_rate
+
+
+def test_cosine_falls_from_the_peak_to_zero_and_is_half_way_at_half_the_peak():
+    cfg = OptimConfig(lr=0.4)
+    rates = [learning_rate(cfg, step, 100) for step in range(101)]
+    assert rates[0] == pytest.approx(0.4) and rates[50] == pytest.approx(0.2) and rates[100] == pytest.approx(0)
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_onecycle_rises_then_falls_linearly():
+    cfg = OptimConfig(lr=1.0, schedule="onecycle", warmup_share=0.2)
+    rates = [learning_rate(cfg, step, 100) for step in range(100)]
+    assert rates.index(max(rates)) == 20 and max(rates) == pytest.approx(1.0)
+    assert 0 < rates[0] < rates[10] < rates[19] < 1
+    assert rates[60] == pytest.approx(0.5)
+
+
+def test_warm_up_works_with_every_schedule_and_constant_stays():
+    assert learning_rate(OptimConfig(lr=1.0, warmup_share=0.1), 4, 100) == pytest.approx(5 / 11)
+    assert learning_rate(OptimConfig(lr=0.3, schedule="constant"), 77, 100) == 0.3
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_optimisers_are_built_as_configured(name, kind):
+    optimizer = build_optimizer(nn.Linear(2, 2).parameters(), OptimConfig(optimizer=name, lr=0.01, weight_decay=0.2))
+    assert type(optimizer) is kind
+    assert optimizer.param_groups[0]["lr"] == 0.01 and optimizer.param_groups[0]["weight_decay"] == 0.2
+    assert name != "sgd" or (optimizer.param_groups[0]["momentum"] == 0.9 and optimizer.param_groups[0]["nesterov"])
+
+
+def test_the_average_follows_its_definition_for_parameters_and_running_statistics():
+    network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    averaged = AveragedNetwork(network, 0.9)
+    expected = {k: v.clone().double() for k, v in network.state_dict().items()}
+    gen = torch.Generator().manual_seed(0)
+    for step in range(200):
+        with torch.no_grad():
+            for tensor in network.state_dict().values():
+                if tensor.is_floating_point():
+                    tensor.add_(torch.randn(tensor.shape, generator=gen))
+        decay = min(0.9, (1 + step) / (10 + step))
+        for key, value in network.state_dict().items():
+            expected[key] = decay * expected[key] + (1 - decay) * value.double()
+        averaged.update(step)
+    for key, value in averaged.network.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), expected[key], rtol=1e-4, atol=1e-4, msg=key)
+    assert not any(p.requires_grad for p in averaged.network.parameters())

@@ -1,0 +1,184 @@
+"""Training on two ranks is training on one: in float64 through plain collectives, in float32 through DeepSpeed."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from oat_dist.conditioning import LambdaSampler
+from oat_dist.config import AttackConfig, Config, DataConfig, EngineConfig, OptimConfig
+from oat_dist.data import TrainLoader, open_prepared
+from oat_dist.distributed import World
+from oat_dist.errors import UserError
+from oat_dist.models import build_model
+from oat_dist.optim import learning_rate
+from oat_dist.step import training_losses
+from tests.ranks import run_ranks
+
+STEPS = 10
+
+
+def make_config(root, *, batch_size=64, **engine) -> Config:
+    return Config(
+        data=DataConfig(root=root, loader="memory", shift_pixels=1),
+        attack=AttackConfig(eps_255=76.5, steps=3),
+        optim=OptimConfig(batch_size=batch_size, lr=0.05, epochs=1),
+        engine=EngineConfig(sync_statistics=True, **engine),
+    )
+
+
+def batches_with_lambdas(config, world):
+    """(step, micro-batch, lambdas) of the first steps."""
+    loader = TrainLoader(
+        open_prepared(config.data.root, "digits"), config, rank=world.rank, ranks=world.ranks, device=world.device
+    )
+    sampler = LambdaSampler(
+        config.conditioning,
+        seed=config.seed,
+        batch_size=config.optim.batch_size,
+        steps_per_epoch=loader.steps_per_epoch,
+    )
+    for step, micro_batches in zip(range(STEPS), loader.epoch(0), strict=False):
+        for batch in micro_batches:
+            yield step, batch, sampler.draw(0, step, batch.position_N, batch.index_N)
+
+
+def plain_float64(world, root, batch_size, accumulation):
+    """SGD with gradients summed by torch.distributed; losses of the global batches and the final weights."""
+    config = make_config(root, batch_size=batch_size, accumulation=accumulation)
+    network = build_model(config, in_channels=1, num_classes=10).double()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    losses = torch.zeros(STEPS, dtype=torch.float64)
+    for number, (step, batch, lam_N) in enumerate(batches_with_lambdas(config, world), start=1):
+        batch = dataclasses.replace(batch, image_NCHW=batch.image_NCHW.double())
+        result = training_losses(network, batch, lam_N, config=config, epoch=0, forward=network)
+        (result.loss_N.sum() / batch_size).backward()
+        losses[step] += result.loss_N.sum().detach() / batch_size
+        if number % accumulation == 0:
+            for parameter in network.parameters():
+                if world.ranks > 1:
+                    dist.all_reduce(parameter.grad)
+            optimizer.step()
+            optimizer.zero_grad()
+    return world.sum(losses), {k: v for k, v in network.state_dict().items()}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(64, 1), (27, 2)], ids=["even", "uneven, accumulating"])
+def test_in_float64_two_ranks_agree_with_one_to_nine_digits(digits, batch_size, accumulation):
+    args = (str(digits.folder.parent), batch_size, accumulation)
+    (alone,), shared = run_ranks(plain_float64, 1, *args), run_ranks(plain_float64, 2, *args)
+    for losses, weights in shared:
+        torch.testing.assert_close(losses, alone[0], rtol=1e-9, atol=0)
+        for name, value in weights.items():
+            torch.testing.assert_close(value, alone[1][name], rtol=1e-8, atol=1e-8, msg=name)
+
+
+ENGINES = {
+    "zero 0": {},
+    "zero 1": {"zero_stage": 1},
+    "zero 2": {"zero_stage": 2},
+    "accumulating": {"accumulation": 2},
+    "zero 2, accumulating, uneven": {"zero_stage": 2, "accumulation": 2, "batch_size": 27},
+    "bf16": {"precision": "bf16"},
+}
+
+
+def through_deepspeed(world, root):
+    """Losses of the first global batches under every engine setting."""
+    from oat_dist.engine import Engine, init_world
+
+    world = dataclasses.replace(init_world(threads=1), device=world.device)
+    results = {}
+    for name, settings in ENGINES.items():
+        config = make_config(root, **settings)
+        network = build_model(config, in_channels=1, num_classes=10)
+        engine = Engine(network, config, world)
+        losses = torch.zeros(STEPS, dtype=torch.float64)
+        for step, batch, lam_N in batches_with_lambdas(config, world):
+            result = training_losses(network, batch, lam_N, config=config, epoch=0, forward=engine.forward)
+            engine.backward_and_step(result.loss_N, learning_rate(config.optim, step, 100))
+            losses[step] += result.counts["loss"].double() / config.optim.batch_size
+        results[name] = world.sum(losses)
+    return results
+
+
+@pytest.fixture(scope="module")
+def deepspeed_losses(digits):
+    """Number of ranks -> losses of every engine setting; each number of ranks runs once."""
+    return functools.cache(lambda ranks: run_ranks(through_deepspeed, ranks, str(digits.folder.parent))[0])
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ENGINES if name != "bf16"])
+def test_through_deepspeed_two_ranks_agree_with_one(deepspeed_losses, name):
+    alone, shared = deepspeed_losses(1)[name], deepspeed_losses(2)[name]
+    assert alone[-1] < alone[0] - 0.05, "training goes forward"
+    torch.testing.assert_close(shared, alone, rtol=1e-3, atol=0)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero 1", "zero 2"])
+def test_sharding_optimiser_and_gradients_changes_no_loss(deepspeed_losses, name):
+    torch.testing.assert_close(deepspeed_losses(2)[name], deepspeed_losses(2)["zero 0"], rtol=1e-3, atol=0)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_bf16_follows_float32_at_its_own_precision(deepspeed_losses):
+    for ranks in (1, 2):
+        bf16, fp32 = deepspeed_losses(ranks)["bf16"], deepspeed_losses(ranks)["zero 0"]
+        assert not torch.equal(bf16, fp32)
+        torch.testing.assert_close(bf16[:5], fp32[:5], rtol=0.05, atol=0)
+
+
+def plain_losses(world, root, name):
+    """As `through_deepspeed`, without DeepSpeed."""
+    config = make_config(root, **ENGINES[name])
+    network = build_model(config, in_channels=1, num_classes=10)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    losses = torch.zeros(STEPS, dtype=torch.float64)
+    for number, (step, batch, lam_N) in enumerate(batches_with_lambdas(config, world), start=1):
+        result = training_losses(network, batch, lam_N, config=config, epoch=0, forward=network)
+        (result.loss_N.sum() / config.optim.batch_size).backward()
+        losses[step] += result.counts["loss"].double() / config.optim.batch_size
+        if number % config.engine.accumulation == 0:
+            optimizer.param_groups[0]["lr"] = learning_rate(config.optim, step, 100)
+            optimizer.step()
+            optimizer.zero_grad()
+    return losses
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero 0", "accumulating"])
+def test_deepspeed_takes_the_steps_that_plain_pytorch_takes(deepspeed_losses, digits, name):
+    torch.set_num_threads(1)
+    plain = plain_losses(World(), str(digits.folder.parent), name)
+    torch.testing.assert_close(deepspeed_losses(1)[name], plain, rtol=1e-5, atol=0)
+
+
+def statistics_and_errors(world):
+    network = build_model(Config(), in_channels=1, num_classes=10)
+    for site in network.sites:
+        site.running_mean.fill_(float(world.rank))
+    world.average_running_statistics([network])
+    try:
+        world.on_main(lambda: (_ for _ in ()).throw(UserError("data.root='x': missing")))
+    except UserError as error:
+        return dict(network.named_buffers()), str(error)
+
+
+@pytest.mark.dist
+def test_running_statistics_are_averaged_over_ranks_and_an_error_on_the_main_rank_is_raised_on_all():
+    (first, error), (second, same_error) = run_ranks(statistics_and_errors, 2)
+    assert error == same_error == "data.root='x': missing"
+    for name, buffer in first.items():
+        assert torch.equal(buffer, second[name])
+        if "running_mean" in name:
+            assert torch.equal(buffer, torch.full_like(buffer, 0.5))
+    assert torch.equal(first["encoder.codes_KE"], build_model(Config(), in_channels=1, num_classes=10).encoder.codes_KE)
