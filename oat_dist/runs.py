@@ -78,13 +78,14 @@ def save_model(network: ConditionalNetwork, data: PreparedData, path: pathlib.Pa
     """
     about = {
         "format": _FORMAT,
-        "in_channels": str(data.image_shape[2]),
-        "classes": json.dumps(data.classes),
+        "in_channels": data.image_shape[2],
+        "classes": data.classes,
         "dataset": data.name,
     }
     tensors = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
     with whole_file(path) as temporary:
-        temporary.write_bytes(safetensors.torch.save(tensors, metadata=about))
+        # One entry: safetensors writes several in an order that changes from process to process.
+        temporary.write_bytes(safetensors.torch.save(tensors, metadata={"about": json.dumps(about)}))
 
 
 def load_run(run: str | pathlib.Path) -> tuple[Config, ConditionalNetwork]:
@@ -108,13 +109,13 @@ def load_run(run: str | pathlib.Path) -> tuple[Config, ConditionalNetwork]:
     config = read_config(run / "config.yaml")
     try:
         with safetensors.safe_open(path, "pt") as stream:
-            about = stream.metadata() or {}
+            about = json.loads((stream.metadata() or {}).get("about", "{}"))
         tensors = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: damaged: {error}") from None
     if about.get("format") != _FORMAT:
         raise UserError(f"{path}: format {about.get('format')!r}, expected {_FORMAT!r}")
-    network = build_model(config, in_channels=int(about["in_channels"]), num_classes=len(json.loads(about["classes"])))
+    network = build_model(config, in_channels=about["in_channels"], num_classes=len(about["classes"]))
     try:
         network.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
