@@ -89,7 +89,11 @@ def test_two_processes_under_the_launcher_make_one_run_with_the_loss_of_one_proc
     assert json.loads((shared / "provenance.json").read_text())["ranks"] == 2
     lines = [[json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()] for r in (run, shared)]
     assert len(lines[1]) == 10
-    assert [line["loss"] for line in lines[1]] == pytest.approx([line["loss"] for line in lines[0]], rel=1e-3)
+    alone, both = ([line["loss"] for line in each] for each in lines)
+    assert both[0] == pytest.approx(alone[0], rel=1e-4)
+    # The number of threads differs too. A gradient sign that rounding turns is a jump, so later steps agree less;
+    # tests/oat_dist/test_ranks.py shows 1e-3 at equal threads and 1e-9 in float64.
+    assert both == pytest.approx(alone, rel=1e-2)
 
 
 def start(main, args, monkeypatch) -> int:
