@@ -1,6 +1,6 @@
-# make train | test | lint | bench | setup | clean        FFCV=0 leaves FFCV out        ARGS="..." goes to the script
+# make train | test | lint | bench | setup | clean     FFCV=0 leaves FFCV out (remembered)     ARGS="..." to the script
 PYTHON ?= python3
-FFCV ?= 1
+FFCV ?=
 CONFIG ?= launch/configs/digits.yaml
 ARGS ?=
 

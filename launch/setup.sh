@@ -1,13 +1,19 @@
 #!/bin/sh
 # Makes .venv with everything the project needs, on Debian or Ubuntu with Python >= 3.11 and nothing else.
-# A second call, with nothing changed, does nothing. Called by make; reads PYTHON (default python3) and FFCV (default 1).
+# A second call, with nothing changed, does nothing. Called by make; reads PYTHON (default python3) and FFCV: 1 installs
+# FFCV, 0 leaves it out, empty keeps what is installed and otherwise means 1.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-FFCV=${FFCV:-1}
-
-wanted="$(cksum < pyproject.toml) python=$PYTHON ffcv=$FFCV"
 stamp=.venv/.installed
+if [ -z "${FFCV:-}" ]; then
+    FFCV=1
+    if [ -f "$stamp" ]; then
+        case "$(cat "$stamp")" in *ffcv=0) FFCV=0 ;; esac
+    fi
+fi
+
+wanted="$(cksum < pyproject.toml) ffcv=$FFCV"
 [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && exit 0
 
 say() { printf 'setup: %s\n' "$*" >&2; }

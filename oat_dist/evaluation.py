@@ -18,6 +18,7 @@ from oat_dist.data import Batch
 from oat_dist.distributed import World
 from oat_dist.models.condition import Frozen
 from oat_dist.models.network import ConditionalNetwork
+from oat_dist.progress import progress_bar
 from oat_dist.random import draw_keys
 
 
@@ -73,12 +74,14 @@ def evaluate(
     frozen = network.freeze(network.condition(torch.tensor(list(lambdas), dtype=torch.float64)))
     row_L = frozen.row_N.tolist()
     counts_L3 = torch.zeros(len(lambdas), 3, dtype=torch.int64, device=world.device)
-    with evaluation_mode(network):
+    total = len(row_L) * len(batches)
+    with evaluation_mode(network), progress_bar("evaluating", total, is_main=world.is_main) as advance:
         for at, row in enumerate(row_L):
             for batch in batches:
                 here = frozen.for_row(row, len(batch.label_N))
                 clean_N, robust_N = _correct(network, here, batch, attack, seed)
                 counts_L3[at] += torch.stack((torch.ones_like(clean_N), clean_N, robust_N)).sum(1)
+                advance()
     counts = world.sum(counts_L3).tolist()
     return [{"lam": lam, "sa": sa / n, "ra": ra / n} for lam, (n, sa, ra) in zip(lambdas, counts, strict=True)]
 

@@ -15,16 +15,15 @@ from torch.utils.tensorboard import SummaryWriter
 class MetricsWriter:
     """Writes metrics of one run; a context manager."""
 
-    def __init__(self, run: pathlib.Path, *, tensorboard: bool) -> None:
+    def __init__(self, run: pathlib.Path | None, *, tensorboard: bool) -> None:
         """Open the files.
 
         Args:
-            run: Folder of the run.
+            run: Folder of the run; None on ranks that write nothing.
             tensorboard: Whether to write TensorBoard event files too.
         """
-        self._metrics = (run / "metrics.jsonl").open("a")
-        self._timings = (run / "timings.jsonl").open("a")
-        self._board = SummaryWriter(str(run / "tensorboard")) if tensorboard else None
+        self._files = [(run / f"{name}.jsonl").open("a") for name in ("metrics", "timings")] if run else []
+        self._board = SummaryWriter(str(run / "tensorboard")) if run and tensorboard else None
         self._start = self._last = time.perf_counter()
 
     def write(self, step: int, values: dict[str, float], *, images: int) -> None:
@@ -38,10 +37,9 @@ class MetricsWriter:
         now = time.perf_counter()
         timing = {"elapsed_s": now - self._start, "images_per_s": images / (now - self._last)}
         self._last = now
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
-        self._timings.write(json.dumps({"step": step, **{k: round(v, 3) for k, v in timing.items()}}) + "\n")
-        self._metrics.flush()
-        self._timings.flush()
+        for file, part in zip(self._files, (values, {k: round(v, 3) for k, v in timing.items()}), strict=False):
+            file.write(json.dumps({"step": step, **part}) + "\n")
+            file.flush()
         if self._board is not None:
             for name, value in {**values, **timing}.items():
                 self._board.add_scalar(name, value, step)
@@ -54,7 +52,7 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the files."""
-        self._metrics.close()
-        self._timings.close()
+        for file in self._files:
+            file.close()
         if self._board is not None:
             self._board.close()

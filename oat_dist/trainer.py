@@ -3,8 +3,6 @@
 import pathlib
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from oat_dist import data as data_sets
@@ -20,6 +18,7 @@ from oat_dist.metrics import MetricsWriter
 from oat_dist.models import build_model
 from oat_dist.models.network import ConditionalNetwork
 from oat_dist.optim import AveragedNetwork, learning_rate
+from oat_dist.progress import progress_bar
 from oat_dist.step import training_losses
 
 
@@ -100,13 +99,10 @@ def fit(
     )
     total_steps = config.optim.epochs * loader.steps_per_epoch
     log = _Log(world)
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
-        MetricsWriter(run, tensorboard=config.logging.tensorboard) if world.is_main else _NoMetrics() as metrics,
-        Progress(*columns, console=console, disable=not (world.is_main and console.is_terminal)) as progress,
+        MetricsWriter(run if world.is_main else None, tensorboard=config.logging.tensorboard) as metrics,
+        progress_bar("training", total_steps, is_main=world.is_main) as advance,
     ):
-        bar = progress.add_task("training", total=total_steps)
         step = 0
         for epoch in range(config.optim.epochs):
             for step_in_epoch, micro_batches in enumerate(loader.epoch(epoch)):
@@ -119,11 +115,12 @@ def fit(
                 if averaged is not None:
                     averaged.update(step)
                 step += 1
-                progress.advance(bar)
                 if step % config.logging.interval_steps == 0 or step == total_steps:
                     values, images = log.flush()
                     metrics.write(step, {"epoch": epoch, "lr": lr, **values}, images=images)
-                    progress.update(bar, description=f"epoch {epoch + 1}, loss {values['loss']:.3f}")
+                    advance(f"epoch {epoch + 1}, loss {values['loss']:.3f}")
+                else:
+                    advance()
 
 
 class _Log:
@@ -154,16 +151,3 @@ class _Log:
             values[name.replace("correct", "accuracy")] = total / number if number else 0.0
         self._reset()
         return values, int(clean)
-
-
-class _NoMetrics:
-    """Stands for the writer on ranks that write nothing."""
-
-    def __enter__(self) -> "_NoMetrics":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def write(self, step: int, values: dict[str, float], *, images: int) -> None:
-        pass

@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 
+from benchmarks.published_step import published, three_call_step
 from oat_dist import step as step_module
 from oat_dist.config import AttackConfig, ConditioningConfig, Config, LossConfig, ModelConfig
 from oat_dist.data import Batch
 from oat_dist.models import build_model
 from oat_dist.step import training_losses
-from tests.oat_dist.published import published, three_call_step
 
 LAMBDAS = {
     "zeros first": [0, 0, 0, 0.1, 0.2, 0.4, 1, 1, 0.3],

@@ -19,6 +19,7 @@ class PublishedSite(nn.Module):
     """BatchNorm2d per group, FiLM on every row, residual, ReLU."""
 
     def __init__(self, site: FiLMDualBN2d) -> None:
+        """Copy parameters and statistics of one of our sites."""
         super().__init__()
         self.norms = nn.ModuleList()
         for g in range(len(site.weight)):
@@ -33,6 +34,7 @@ class PublishedSite(nn.Module):
     def forward(
         self, x: Tensor, told: tuple[Tensor, Tensor], residual: Tensor | None = None, relu: bool = True
     ) -> Tensor:
+        """Normalise under (codes of all rows, which rows have lambda = 0)."""
         code_NE, is_zero_N = told
         if len(self.norms) == 1:
             out = self.norms[0](x)
