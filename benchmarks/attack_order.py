@@ -3,7 +3,7 @@
     python benchmarks/attack_order.py [--epochs 10] [--seed 0]
 
 The published order runs the clean forward first, so its attack sees running statistics already moved by the clean
-images of the batch; ours attacks first. Trains the digits configuration, attacks the same images both ways at every step,
+images of the batch; ours attacks first. Trains the digits configuration, at every step attacks the images both ways,
 and prints how the adversarial images and their robust loss (in the forward that is trained on) differ.
 """
 
