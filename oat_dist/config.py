@@ -271,6 +271,9 @@ class EvaluationConfig:
     """PGD steps; norm and eps are those of the `attack` section."""
     restarts: int = 1
     """Random restarts; an image counts as robust when it withstands all."""
+    interval_epochs: int = 0
+    """Epochs between two measurements on the validation split; the network with the best frontier score is then the
+    one reported. 0 validates never and reports the last."""
     batch_size: int = 512
     """Images per forward pass and rank."""
 
@@ -279,6 +282,7 @@ class EvaluationConfig:
         _check_lambdas("evaluation.lambdas", self.lambdas)
         require(self.steps >= 1, "evaluation.steps", self.steps, "must be at least 1")
         require(self.restarts >= 1, "evaluation.restarts", self.restarts, "must be at least 1")
+        require(self.interval_epochs >= 0, "evaluation.interval_epochs", self.interval_epochs, "must be at least 0")
         require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "must be at least 1")
 
 
@@ -294,6 +298,23 @@ class LoggingConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         require(self.interval_steps >= 1, "logging.interval_steps", self.interval_steps, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What survives when a run is killed."""
+
+    interval_epochs: int = 1
+    """Epochs between two checkpoints; there is always one at the end of training."""
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+    resume: str = "auto"
+    """`auto`: the newest unfinished run of this name and settings goes on; `never`: a new run; or a run folder."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(self.interval_epochs >= 1, "checkpoint.interval_epochs", self.interval_epochs, "must be at least 1")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,6 +345,8 @@ class Config:
     """The measurement at the end of a run."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """What is reported while a run goes on."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What survives when a run is killed."""
 
     def __post_init__(self) -> None:
         """Check names and the combinations that concern more than one section."""
@@ -339,13 +362,25 @@ def to_dict(config: Config) -> dict:
     return json.loads(json.dumps(asdict(config)))
 
 
-def fingerprint(config: Config) -> str:
-    """Eight hexadecimal digits that name what is computed: all settings but names, folders and logging."""
+def computed_settings(config: Config) -> dict[str, object]:
+    """Dotted key -> value of the settings that decide what is computed.
+
+    Left out are names, folders, and how often something is logged or saved. Running statistics are averaged over ranks
+    at every checkpoint, but a run on one rank, or with shared statistics, is the same with any interval.
+    """
     settings = to_dict(config)
-    for key in ("name", "output_dir", "logging"):
+    for key in ("name", "output_dir", "logging", "checkpoint"):
         del settings[key]
     del settings["data"]["root"]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    flat = {}
+    for key, value in settings.items():
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def fingerprint(config: Config) -> str:
+    """Eight hexadecimal digits that name what is computed."""
+    return hashlib.sha256(json.dumps(computed_settings(config), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _check_lambdas(key: str, lambdas: tuple[float, ...]) -> None:

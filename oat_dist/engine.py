@@ -8,6 +8,7 @@ rank or micro-batch still weigh every image the same.
 import logging
 import os
 import socket
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ class Engine:
             config: Configuration of the run.
             world: From `init_world`.
         """
-        self.config, self.world = config, world
+        self.config, self.world, self._network = config, world, network
         self._engine, self._optimizer, _, _ = _import_deepspeed().initialize(
             model=network,
             optimizer=build_optimizer(network.parameters(), config.optim),
@@ -105,6 +106,57 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The whole optimiser state on every rank, gathered from its shards; all ranks must call.
+
+        Returns:
+            "<parameter>/<key>" -> tensor of the parameter's shape, or a scalar (AdamW's step).
+        """
+        state = {}
+        for name, parameter in self._network.named_parameters():
+            for key in self._state_keys:
+                if self.config.engine.zero_stage:
+                    state[f"{name}/{key}"] = parameter.get_full_hp_param(key)
+                elif key in (own := self._optimizer.state[parameter]):
+                    state[f"{name}/{key}"] = own[key]
+        return state | {f"/{key}": value for key, value in self._scalar_state().items()}
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """Set what `optimizer_state` gave, on any number of ranks and any ZeRO stage, before the first step."""
+        keys = self._state_keys
+        scalars = {name[1:]: value for name, value in state.items() if name.startswith("/")}
+        if self.config.engine.zero_stage:
+            inner = self._optimizer.optimizer
+            for flat in self._optimizer.single_partition_of_fp32_groups:
+                inner.state[flat] = {key: torch.zeros_like(flat) for key in keys} | {
+                    name: value.clone() for name, value in scalars.items()
+                }
+            # DeepSpeed maps parameters to slices of these on the first step; here they are needed before it.
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self._network.named_parameters():
+            for key in keys:
+                value = state[f"{name}/{key}"].to(parameter.device)
+                if self.config.engine.zero_stage:
+                    parameter.set_full_hp_param(value, key)
+                else:
+                    self._optimizer.state[parameter] |= {key: value.clone()} | {
+                        name: value.clone() for name, value in scalars.items()
+                    }
+
+    @property
+    def _state_keys(self) -> tuple[str, ...]:
+        """Names of the optimiser state that has the shape of its parameter."""
+        cfg = self.config.optim
+        if cfg.optimizer == "adamw":
+            return ("exp_avg", "exp_avg_sq")
+        return ("momentum_buffer",) if cfg.momentum else ()
+
+    def _scalar_state(self) -> dict[str, Tensor]:
+        """State that all parameters share: AdamW's number of steps."""
+        inner = self._optimizer.optimizer if self.config.engine.zero_stage else self._optimizer
+        first = next(iter(inner.state.values()))
+        return {"step": first["step"]} if "step" in first else {}
 
 
 def _import_deepspeed():

@@ -17,7 +17,7 @@ from oat_dist.data import PreparedData, evaluation_batches
 from oat_dist.distributed import World
 from oat_dist.evaluation import EvaluationAttack, evaluate
 from oat_dist.models.network import ConditionalNetwork
-from oat_dist.runs import whole_file
+from oat_dist.weights import whole_file
 
 
 def measure(

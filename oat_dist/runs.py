@@ -5,7 +5,6 @@ config.yaml  deepspeed.json  provenance.json  metrics.jsonl  timings.jsonl  tens
 model.safetensors  frontier.json  frontier.png  frontier.svg  eval/*.json
 """
 
-import contextlib
 import datetime
 import json
 import os
@@ -13,11 +12,8 @@ import pathlib
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import metadata
 
-import safetensors
-import safetensors.torch
 import torch
 
 from oat_dist.config import Config, fingerprint
@@ -26,6 +22,7 @@ from oat_dist.data import PreparedData
 from oat_dist.errors import UserError
 from oat_dist.models import build_model
 from oat_dist.models.network import ConditionalNetwork
+from oat_dist.weights import load_exactly, read_tensors, write_tensors
 
 _PACKAGES = ("torch", "triton", "deepspeed", "ffcv", "numpy", "safetensors")
 _FORMAT = "oat-dist/1"
@@ -82,10 +79,7 @@ def save_model(network: ConditionalNetwork, data: PreparedData, path: pathlib.Pa
         "classes": data.classes,
         "dataset": data.name,
     }
-    tensors = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
-    with whole_file(path) as temporary:
-        # One entry: safetensors writes several in an order that changes from process to process.
-        temporary.write_bytes(safetensors.torch.save(tensors, metadata={"about": json.dumps(about)}))
+    write_tensors(network.state_dict(), path, about)
 
 
 def load_run(run: str | pathlib.Path) -> tuple[Config, ConditionalNetwork]:
@@ -107,31 +101,12 @@ def load_run(run: str | pathlib.Path) -> tuple[Config, ConditionalNetwork]:
     if not path.is_file():
         raise UserError(f"--run {run}: has no model.safetensors; its training did not finish")
     config = read_config(run / "config.yaml")
-    try:
-        with safetensors.safe_open(path, "pt") as stream:
-            about = json.loads((stream.metadata() or {}).get("about", "{}"))
-        tensors = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: damaged: {error}") from None
+    tensors, about = read_tensors(path)
     if about.get("format") != _FORMAT:
         raise UserError(f"{path}: format {about.get('format')!r}, expected {_FORMAT!r}")
     network = build_model(config, in_channels=about["in_channels"], num_classes=len(about["classes"]))
-    try:
-        network.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        raise UserError(f"{path}: does not fit {config.model.name}: {' '.join(str(error).split())}") from None
+    load_exactly(network, tensors, path)
     return config, network.eval()
-
-
-@contextlib.contextmanager
-def whole_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Give a temporary path in the folder of `path`; it becomes `path` when the block ends well, else it is removed."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def free_stem(folder: pathlib.Path, stem: str) -> pathlib.Path:

@@ -7,23 +7,26 @@ from torch import Tensor
 
 from oat_dist import data as data_sets
 from oat_dist import report, runs
+from oat_dist.checkpoint import Checkpoint, CheckpointStore
 from oat_dist.conditioning import LambdaSampler
-from oat_dist.config import Config
+from oat_dist.config import Config, to_dict
 from oat_dist.data import PreparedData, TrainLoader
 from oat_dist.data.sources import SOURCES
 from oat_dist.distributed import World
 from oat_dist.engine import Engine, deepspeed_config
 from oat_dist.evaluation import EvaluationAttack
-from oat_dist.metrics import MetricsWriter
+from oat_dist.metrics import MetricsWriter, keep_metrics_until
 from oat_dist.models import build_model
-from oat_dist.models.network import ConditionalNetwork
 from oat_dist.optim import AveragedNetwork, learning_rate
 from oat_dist.progress import progress_bar
+from oat_dist.resume import RunLock, find_unfinished
 from oat_dist.step import training_losses
+from oat_dist.validation import Validator
+from oat_dist.weights import load_exactly
 
 
 def train(config: Config, world: World) -> pathlib.Path:
-    """Train one network and measure its curve.
+    """Train one network and measure its curve, or go on with an unfinished run of the same settings.
 
     Args:
         config: Everything about the run.
@@ -37,30 +40,28 @@ def train(config: Config, world: World) -> pathlib.Path:
     """
     data = world.on_main(lambda: open_data(config))
     loader = TrainLoader(data, config, rank=world.rank, ranks=world.ranks, device=world.device)
-    run = world.on_main(lambda: runs.create_run(config, data, deepspeed_config(config, world.ranks), world.ranks))
-    network = build_model(config, in_channels=data.image_shape[2], num_classes=len(data.classes)).to(world.device)
-    engine = Engine(network, config, world)
-    averaged = AveragedNetwork(network, config.optim.ema_decay) if config.optim.ema_decay else None
-
-    fit(network, engine, loader, averaged, config=config, world=world, run=run)
-
-    world.average_running_statistics([network] + ([averaged.network] if averaged else []))
-    final = averaged.network if averaged else network
-    if world.is_main:
-        runs.save_model(final, data, run / "model.safetensors")
-    cfg, stem = config.evaluation, run / "frontier"
-    attack = EvaluationAttack(norm=config.attack.norm, eps=config.attack.eps, steps=cfg.steps, restarts=cfg.restarts)
-    report.measure(
-        final,
-        data,
-        attack,
-        cfg.lambdas,
-        config=config,
-        split=cfg.split,
-        batch_size=cfg.batch_size,
-        world=world,
-        stem=stem,
-    )
+    lock = RunLock()
+    run, checkpoint = world.on_main(lambda: _open_run(config, data, world, lock))
+    try:
+        training = Training(config, data, loader, world=world, run=run, checkpoint=checkpoint)
+        training.fit()
+        cfg = config.evaluation
+        attack = EvaluationAttack(
+            norm=config.attack.norm, eps=config.attack.eps, steps=cfg.steps, restarts=cfg.restarts
+        )
+        report.measure(
+            training.finish(),
+            data,
+            attack,
+            cfg.lambdas,
+            config=config,
+            split=cfg.split,
+            batch_size=cfg.batch_size,
+            world=world,
+            stem=run / "frontier",
+        )
+    finally:
+        lock.release()
     return run
 
 
@@ -75,52 +76,155 @@ def open_data(config: Config) -> PreparedData:
         data = data_sets.prepare(root, name)
     else:
         data = data_sets.open_prepared(root, name)
-    data.file("train", config.data.loader)
-    data.file(config.evaluation.split, config.data.loader)
+    splits = {"train", config.evaluation.split} | ({"val"} if config.evaluation.interval_epochs else set())
+    for split in sorted(splits):
+        data.file(split, config.data.loader)
     return data
 
 
-def fit(
-    network: ConditionalNetwork,
-    engine: Engine,
-    loader: TrainLoader,
-    averaged: AveragedNetwork | None,
-    *,
-    config: Config,
-    world: World,
-    run: pathlib.Path,
-) -> None:
-    """Run all steps; the host waits for the device on log steps alone."""
-    sampler = LambdaSampler(
-        config.conditioning,
-        seed=config.seed,
-        batch_size=config.optim.batch_size,
-        steps_per_epoch=loader.steps_per_epoch,
-    )
-    total_steps = config.optim.epochs * loader.steps_per_epoch
-    log = _Log(world)
-    with (
-        MetricsWriter(run if world.is_main else None, tensorboard=config.logging.tensorboard) as metrics,
-        progress_bar("training", total_steps, is_main=world.is_main) as advance,
-    ):
-        step = 0
-        for epoch in range(config.optim.epochs):
-            for step_in_epoch, micro_batches in enumerate(loader.epoch(epoch)):
-                lr = learning_rate(config.optim, step, total_steps)
-                for batch in micro_batches:
-                    lam_N = sampler.draw(epoch, step_in_epoch, batch.position_N, batch.index_N)
-                    losses = training_losses(network, batch, lam_N, config=config, epoch=epoch, forward=engine.forward)
-                    engine.backward_and_step(losses.loss_N, lr)
-                    log.add(losses.counts, clean=len(lam_N), attacked=int((lam_N > 0).sum()))
-                if averaged is not None:
-                    averaged.update(step)
-                step += 1
-                if step % config.logging.interval_steps == 0 or step == total_steps:
-                    values, images = log.flush()
-                    metrics.write(step, {"epoch": epoch, "lr": lr, **values}, images=images)
-                    advance(f"epoch {epoch + 1}, loss {values['loss']:.3f}")
-                else:
-                    advance()
+def _open_run(
+    config: Config, data: PreparedData, world: World, lock: RunLock
+) -> tuple[pathlib.Path, Checkpoint | None]:
+    """On the main rank: the locked folder of a new run, or of an unfinished one with its newest checkpoint."""
+    run = find_unfinished(config)
+    if run is None:
+        run = runs.create_run(config, data, deepspeed_config(config, world.ranks), world.ranks)
+        lock.take(run)
+        return run, None
+    lock.take(run)
+    checkpoint = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep).newest()
+    step = checkpoint.step if checkpoint else 0
+    keep_metrics_until(run, step)
+    print(f"going on with {run} at step {step}")
+    return run, checkpoint
+
+
+class Training:
+    """One run while it goes on."""
+
+    def __init__(
+        self,
+        config: Config,
+        data: PreparedData,
+        loader: TrainLoader,
+        *,
+        world: World,
+        run: pathlib.Path,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        """Build network, engine and average, at their start or where a checkpoint left them.
+
+        Args:
+            config: Everything about the run.
+            data: Its data set.
+            loader: Training batches of this rank.
+            world: The ranks.
+            run: Folder of the run.
+            checkpoint: Where to go on, or None.
+        """
+        self.config, self.data, self.loader, self.world, self.run = config, data, loader, world, run
+        network = build_model(config, in_channels=data.image_shape[2], num_classes=len(data.classes))
+        if checkpoint is not None:
+            load_exactly(network, checkpoint.tensors("network"), checkpoint.folder / "network.safetensors")
+        self.network = network.to(world.device)
+        # Weights first: DeepSpeed takes its own copies of them. Its optimiser state exists only afterwards.
+        self.engine = Engine(self.network, config, world)
+        self.averaged = AveragedNetwork(self.network, config.optim.ema_decay) if config.optim.ema_decay else None
+        self.store = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep)
+        self.log = _Log(world)
+        self.validator = Validator(config, data, world=world, run=run) if config.evaluation.interval_epochs else None
+        self.step = 0
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+    @property
+    def best_so_far(self) -> torch.nn.Module:
+        """The network that is evaluated: the average where there is one."""
+        return self.averaged.network if self.averaged else self.network
+
+    def fit(self) -> None:
+        """Run all steps that are left; the host waits for the device on log steps and at checkpoints alone."""
+        config, world, loader = self.config, self.world, self.loader
+        sampler = LambdaSampler(
+            config.conditioning,
+            seed=config.seed,
+            batch_size=config.optim.batch_size,
+            steps_per_epoch=loader.steps_per_epoch,
+        )
+        total = config.optim.epochs * loader.steps_per_epoch
+        with (
+            MetricsWriter(self.run if world.is_main else None, tensorboard=config.logging.tensorboard) as metrics,
+            progress_bar("training", total, is_main=world.is_main, done=self.step) as advance,
+        ):
+            first_epoch, first_step = divmod(self.step, loader.steps_per_epoch)
+            for epoch in range(first_epoch, config.optim.epochs):
+                for at, micro_batches in enumerate(loader.epoch(epoch, first_step), start=first_step):
+                    self._take_step(sampler, micro_batches, epoch, at, learning_rate(config.optim, self.step, total))
+                    if self.step % config.logging.interval_steps == 0 or self.step == total:
+                        lr = learning_rate(config.optim, self.step - 1, total)
+                        values, images = self.log.flush()
+                        metrics.write(self.step, {"epoch": epoch, "lr": lr, **values}, images=images)
+                        advance(f"epoch {epoch + 1}, loss {values['loss']:.3f}")
+                    else:
+                        advance()
+                first_step = 0
+                self._end_epoch(epoch, metrics)
+        self.store.wait()
+
+    def finish(self) -> torch.nn.Module:
+        """Write model.safetensors - the best network by validation score, or the last - and return it."""
+        final = self.best_so_far
+        if self.validator is not None:
+            self.validator.load_best(final)
+        if self.world.is_main:
+            runs.save_model(final, self.data, self.run / "model.safetensors")
+        return final
+
+    def _take_step(self, sampler: LambdaSampler, micro_batches: list, epoch: int, at: int, lr: float) -> None:
+        """One optimiser step: condition, attack, forward, loss, backward for every micro-batch."""
+        # Dropout draws from torch's generator: set by step and rank, it needs no state in a checkpoint.
+        torch.manual_seed((self.config.seed * 1_000_003 + self.step) * 65_537 + self.world.rank)
+        for batch in micro_batches:
+            lam_N = sampler.draw(epoch, at, batch.position_N, batch.index_N)
+            losses = training_losses(
+                self.network, batch, lam_N, config=self.config, epoch=epoch, forward=self.engine.forward
+            )
+            self.engine.backward_and_step(losses.loss_N, lr)
+            self.log.add(losses.counts, clean=len(lam_N), attacked=int((lam_N > 0).sum()))
+        if self.averaged is not None:
+            self.averaged.update(self.step)
+        self.step += 1
+
+    def _end_epoch(self, epoch: int, metrics: MetricsWriter) -> None:
+        """Validate and checkpoint where it is time."""
+        done, is_last = epoch + 1, epoch + 1 == self.config.optim.epochs
+        validates = self.validator is not None and (done % self.config.evaluation.interval_epochs == 0 or is_last)
+        saves = done % self.config.checkpoint.interval_epochs == 0 or is_last
+        if validates or saves:
+            self.world.average_running_statistics([self.network] + ([self.averaged.network] if self.averaged else []))
+        if validates:
+            metrics.write(self.step, self.validator.measure(self.best_so_far, self.step))
+        if saves:
+            self._save()
+
+    def _save(self) -> None:
+        """Hand everything to the checkpoint store; every rank takes part in gathering."""
+        state = {"step": self.step, "log": self.log.collapse(), "config": to_dict(self.config)}
+        parts = {"network": self.network.state_dict(), "optimizer": self.engine.optimizer_state()}
+        if self.averaged is not None:
+            parts["averaged"] = self.averaged.network.state_dict()
+        if self.world.is_main:
+            self.store.save(state, parts)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Everything but the weights, which had to be there before the engine."""
+        self.step = checkpoint.step
+        self.engine.load_optimizer_state(checkpoint.tensors("optimizer"))
+        if self.averaged is not None:
+            path = checkpoint.folder / "averaged.safetensors"
+            load_exactly(self.averaged.network, checkpoint.tensors("averaged"), path)
+        if self.world.is_main:
+            self.log.restore(checkpoint.state["log"])
 
 
 class _Log:
@@ -128,9 +232,6 @@ class _Log:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._reset()
-
-    def _reset(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._clean = self._attacked = 0
 
@@ -141,13 +242,29 @@ class _Log:
         self._attacked += attacked
 
     def flush(self) -> tuple[dict[str, float], int]:
-        """Means since the last call, and the number of images; the one place where the host waits."""
-        numbers = torch.tensor([self._clean, self._attacked], dtype=torch.float64, device=self.world.device)
-        totals = self.world.sum(torch.cat((torch.stack(list(self._sums.values())), numbers))).tolist()
-        *sums, clean, attacked = totals
+        """Means since the last call, and the number of images; here the host waits."""
+        totals = self.collapse()
+        clean, attacked = totals.pop("clean"), totals.pop("attacked")
         values = {}
-        for name, total in zip(self._sums, sums, strict=True):
+        for name, total in totals.items():
             number = attacked if name.endswith("robust") else clean
             values[name.replace("correct", "accuracy")] = total / number if number else 0.0
-        self._reset()
+        self._sums, self._clean, self._attacked = {}, 0, 0
         return values, int(clean)
+
+    def collapse(self) -> dict[str, float]:
+        """Sums over ranks since the last flush, which the main rank alone goes on with."""
+        numbers = torch.tensor([self._clean, self._attacked], dtype=torch.float64, device=self.world.device)
+        totals = self.world.sum(torch.cat((*(s.view(1) for s in self._sums.values()), numbers))).tolist()
+        totals = dict(zip([*self._sums, "clean", "attacked"], totals, strict=True))
+        self.restore(totals if self.world.is_main else dict.fromkeys(totals, 0.0))
+        return totals
+
+    def restore(self, totals: dict[str, float]) -> None:
+        """Go on from sums that `collapse` gave."""
+        self._sums = {
+            name: torch.tensor(value, dtype=torch.float64, device=self.world.device)
+            for name, value in totals.items()
+            if name not in ("clean", "attacked")
+        }
+        self._clean, self._attacked = int(totals["clean"]), int(totals["attacked"])

@@ -123,11 +123,12 @@ class TrainLoader:
         self._reader = open_reader(data, "train", config.data, device)
         self._positions = deal(optim.batch_size, rank=rank, ranks=ranks, accumulation=accumulation)
 
-    def epoch(self, epoch: int) -> Iterator[list[Batch]]:
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """One pass over the training split.
 
         Args:
             epoch: Epoch, from 0.
+            first_step: Step within the epoch to begin with; the batches before are not read.
 
         Yields:
             The micro-batches of this rank for one optimiser step. The incomplete last global batch is left out; which
@@ -136,7 +137,7 @@ class TrainLoader:
         seed, size = self.config.seed, self.config.optim.batch_size
         order = permutation(len(self._reader), seed, "order", epoch)[: self.steps_per_epoch * size]
         mine = torch.cat(self._positions)
-        row_M = order.view(self.steps_per_epoch, size)[:, mine].flatten()
+        row_M = order.view(self.steps_per_epoch, size)[first_step:, mine].flatten()
         cfg = self.config.data
         for image, label, index_N in self._reader.batches(row_M, len(mine)):
             x, label_N = _to_device(image, label, self.device)

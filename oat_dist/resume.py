@@ -1,0 +1,80 @@
+"""Which run a command goes on with, and that nobody else is at it.
+
+A run is unfinished while it has no frontier.json. Only one process at a time trains in a run folder: it holds a lock
+(flock) that the system takes away when the process ends, however it ends.
+"""
+
+import fcntl
+import pathlib
+from typing import IO
+
+from oat_dist.config import Config, computed_settings, fingerprint
+from oat_dist.config_io import read_config
+from oat_dist.errors import UserError
+
+
+class RunLock:
+    """The lock on a run folder, held by the main rank from when it takes it until its process ends or releases it."""
+
+    def __init__(self) -> None:
+        """Hold nothing yet."""
+        self._stream: IO | None = None
+
+    def take(self, run: pathlib.Path) -> None:
+        """Lock a run folder.
+
+        Raises:
+            UserError: Another process holds it.
+        """
+        stream = (run / ".lock").open("a")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.close()
+            raise UserError(
+                f"{run}: another process is training in this run folder; wait for it, or start a separate run with "
+                "checkpoint.resume=never"
+            ) from None
+        self._stream = stream
+
+    def release(self) -> None:
+        """Let go of the folder."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+def find_unfinished(config: Config) -> pathlib.Path | None:
+    """The run that `checkpoint.resume` asks to go on with, or None for a new one.
+
+    Args:
+        config: Configuration of the command.
+
+    Raises:
+        UserError: `checkpoint.resume` names a folder that is not a run, is finished, or was made with other settings.
+    """
+    resume = config.checkpoint.resume
+    if resume == "never":
+        return None
+    if resume == "auto":
+        runs = pathlib.Path(config.output_dir).glob(f"*_{config.name}_{fingerprint(config)}*")
+        unfinished = [run for run in runs if (run / "config.yaml").is_file() and not is_finished(run)]
+        return max(unfinished, key=lambda run: run.name, default=None)
+    run = pathlib.Path(resume)
+    if not (run / "config.yaml").is_file():
+        expected = "auto, never, or the folder of a run (it has a config.yaml)"
+        raise UserError(f"checkpoint.resume={resume!r}: must be {expected}")
+    if is_finished(run):
+        raise UserError(f"checkpoint.resume={resume!r}: that run is finished; nothing is left to do")
+    theirs, ours = computed_settings(read_config(run / "config.yaml")), computed_settings(config)
+    differing = [
+        f"{key} ({theirs.get(key)} there, {ours.get(key)} now)" for key in ours if ours[key] != theirs.get(key)
+    ]
+    if differing:
+        raise UserError(f"checkpoint.resume={resume!r}: made with other settings: {', '.join(differing)}")
+    return run
+
+
+def is_finished(run: pathlib.Path) -> bool:
+    """Whether a run was trained and measured to its end."""
+    return (run / "frontier.json").is_file()

@@ -1,0 +1,141 @@
+"""A run that was killed and goes on ends exactly where an undisturbed one ends."""
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+import torch
+
+from oat_dist.checkpoint import CheckpointStore
+from oat_dist.config import AttackConfig, Config, DataConfig, EngineConfig, EvaluationConfig, OptimConfig
+from oat_dist.data import TrainLoader, open_prepared
+from oat_dist.data.ffcv_io import is_installed
+from oat_dist.trainer import Training
+from tests.ranks import run_ranks
+
+EPOCHS, BATCH = 3, 360  # three steps per epoch
+KILLED_AT = 7  # in the third epoch, one step after a checkpoint
+
+
+def make_config(root, *, loader="memory", norm="linf", sync=False, optim=None, validate=0, **engine) -> Config:
+    return Config(
+        data=DataConfig(root=root, loader=loader, shift_pixels=1),
+        attack=AttackConfig(norm=norm, eps_255=76.5 if norm == "linf" else 300.0, steps=1),
+        optim=OptimConfig(batch_size=BATCH, lr=0.05, epochs=EPOCHS, ema_decay=0.5, **(optim or {})),
+        engine=EngineConfig(sync_statistics=sync, **engine),
+        evaluation=EvaluationConfig(interval_epochs=validate, steps=1, lambdas=(0.0, 1.0)),
+        logging=dataclasses.replace(Config().logging, interval_steps=2, tensorboard=False),
+    )
+
+
+SETTINGS = {
+    "zero 0": {},
+    "zero 1": {"zero_stage": 1},
+    "zero 2, accumulating": {"zero_stage": 2, "accumulation": 2},
+    "bf16": {"precision": "bf16"},
+    "adamw": {"optim": {"optimizer": "adamw", "nesterov": False}},
+    "adamw, zero 1": {"optim": {"optimizer": "adamw", "nesterov": False}, "zero_stage": 1},
+    "no momentum, zero 2": {"optim": {"momentum": 0.0, "nesterov": False}, "zero_stage": 2},
+    "choosing by validation": {"validate": 1},
+}
+if is_installed():
+    SETTINGS["ffcv"] = {"loader": "ffcv"}
+
+
+class KilledError(Exception):
+    """Stands for the signal."""
+
+
+def run(config, world, folder, *, killed_at=None, checkpoint=None):
+    """Train in a folder, up to `killed_at` steps if given. Everything a run ends with, or None if it was killed."""
+    folder.mkdir(exist_ok=True)
+    data = open_prepared(config.data.root, "digits")
+    loader = TrainLoader(data, config, rank=world.rank, ranks=world.ranks, device=world.device)
+    training = Training(config, data, loader, world=world, run=folder, checkpoint=checkpoint)
+    if killed_at is not None:
+        take_step = training._take_step
+
+        def step(*args):
+            if training.step == killed_at:
+                raise KilledError
+            take_step(*args)
+
+        training._take_step = step
+    try:
+        training.fit()
+    except KilledError:
+        training.store.wait()
+        return None
+    state = {f"optimizer {k}": v.clone() for k, v in training.engine.optimizer_state().items()}
+    state |= {f"final {k}": v.clone() for k, v in training.finish().state_dict().items()}
+    return state | {f"network {k}": v.clone() for k, v in training.network.state_dict().items()}
+
+
+def newest(folder):
+    return CheckpointStore(folder / "checkpoints", keep=2).newest()
+
+
+def undisturbed_and_killed(world, root, folder):
+    """For all settings: what differs between an undisturbed run and one that was killed and went on."""
+    from oat_dist.engine import init_world
+    from oat_dist.metrics import keep_metrics_until
+
+    world = dataclasses.replace(init_world(threads=1), device=world.device)
+    differing = {}
+    for name, settings in SETTINGS.items():
+        config = make_config(root, **settings)
+        one, two = (pathlib.Path(folder, f"{name} {kind}") for kind in ("undisturbed", "killed"))
+        expected = run(config, world, one)
+        assert run(config, world, two, killed_at=KILLED_AT) is None
+        checkpoint = world.on_main(lambda two=two: newest(two))
+        world.on_main(lambda two=two, at=checkpoint.step: keep_metrics_until(two, at))
+        got = run(config, world, two, checkpoint=checkpoint)
+        different = [key for key in expected if not torch.equal(expected[key], got[key])]
+        if (one / "metrics.jsonl").read_bytes() != (two / "metrics.jsonl").read_bytes():
+            different.append("metrics.jsonl")
+        steps = [json.loads(line)["step"] for line in (one / "metrics.jsonl").read_text().splitlines()]
+        differing[name] = (checkpoint.step, different, len(expected), steps)
+    return differing
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
+def differences(request, digits, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("runs"))
+    return run_ranks(undisturbed_and_killed, request.param, str(digits.folder.parent), folder)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(differences, name):
+    for rank in differences:
+        step, different, compared, steps = rank[name]
+        assert step == 6, "the checkpoint before the kill"
+        assert not different
+        assert compared > 150
+        assert sorted(set(steps)) == ([2, 3, 4, 6, 8, 9] if "validation" in name else [2, 4, 6, 8, 9])
+
+
+def part(world, root, folder, killed):
+    """Train in a folder until killed, or go on there; rank 0's result."""
+    from oat_dist.engine import init_world
+
+    world = dataclasses.replace(init_world(threads=1), device=world.device)
+    config = make_config(root, norm="l2", sync=True, zero_stage=1)
+    folder = pathlib.Path(folder)
+    if killed:
+        return run(config, world, folder, killed_at=KILLED_AT)
+    return run(config, world, folder, checkpoint=newest(folder) if (folder / "checkpoints").exists() else None)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_ranks(digits, tmp_path, before, after):
+    root = str(digits.folder.parent)
+    (expected, *_) = run_ranks(part, after, root, str(tmp_path / "undisturbed"), False)
+    run_ranks(part, before, root, str(tmp_path / "moved"), True)
+    (got, *_) = run_ranks(part, after, root, str(tmp_path / "moved"), False)
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-5, msg=key)
