@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def make_config(root, *, loader="memory", norm="linf", sync=False, optim=None, v
     return Config(
         data=DataConfig(root=root, loader=loader, shift_pixels=1),
         attack=AttackConfig(norm=norm, eps_255=76.5 if norm == "linf" else 300.0, steps=1),
-        optim=OptimConfig(batch_size=BATCH, lr=0.05, epochs=EPOCHS, ema_decay=0.5, **(optim or {})),
+        optim=OptimConfig(**{"batch_size": BATCH, "lr": 0.05, "epochs": EPOCHS, "ema_decay": 0.5} | (optim or {})),
         engine=EngineConfig(sync_statistics=sync, **engine),
         evaluation=EvaluationConfig(interval_epochs=validate, steps=1, lambdas=(0.0, 1.0)),
         logging=dataclasses.replace(Config().logging, interval_steps=2, tensorboard=False),
@@ -118,24 +119,39 @@ def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(differences, name
 
 
 def part(world, root, folder, killed):
-    """Train in a folder until killed, or go on there; rank 0's result."""
+    """Train in a folder until killed, or go on there with whatever ranks there are now; rank 0's result."""
     from oat_dist.engine import init_world
 
     world = dataclasses.replace(init_world(threads=1), device=world.device)
-    config = make_config(root, norm="l2", sync=True, zero_stage=1)
+    # A low learning rate: float32 rounding turns a ReLU now and then, and the gradient with it.
+    config = make_config(root, norm="l2", sync=True, zero_stage=1, optim={"lr": 0.005})
     folder = pathlib.Path(folder)
     if killed:
         return run(config, world, folder, killed_at=KILLED_AT)
-    return run(config, world, folder, checkpoint=newest(folder) if (folder / "checkpoints").exists() else None)
+    checkpoint = newest(folder)
+    data = open_prepared(root, "digits")
+    loader = TrainLoader(data, config, rank=world.rank, ranks=world.ranks, device=world.device)
+    training = Training(config, data, loader, world=world, run=folder, checkpoint=checkpoint)
+    restored = {"network": training.network.state_dict(), "averaged": training.averaged.network.state_dict()}
+    restored["optimizer"] = training.engine.optimizer_state()
+    for name, tensors in restored.items():
+        saved = checkpoint.tensors(name)
+        assert tensors.keys() == saved.keys()
+        assert all(torch.equal(tensors[key], saved[key]) for key in saved), f"{name} is not what was saved"
+    return run(config, world, folder, checkpoint=checkpoint)
 
 
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_ranks(digits, tmp_path, before, after):
-    root = str(digits.folder.parent)
-    (expected, *_) = run_ranks(part, after, root, str(tmp_path / "undisturbed"), False)
-    run_ranks(part, before, root, str(tmp_path / "moved"), True)
-    (got, *_) = run_ranks(part, after, root, str(tmp_path / "moved"), False)
+    root, stays, moves = str(digits.folder.parent), tmp_path / "stays", tmp_path / "moves"
+    run_ranks(part, before, root, str(stays), True)
+    shutil.copytree(stays, moves)
+    (expected, *_) = run_ranks(part, before, root, str(stays), False)
+    (got, *_) = run_ranks(part, after, root, str(moves), False)
+    assert len(got) == len(expected) > 150
     for key, value in expected.items():
-        torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-5, msg=key)
+        # Momentum is a sum of gradients, so a turned ReLU shows in it undamped.
+        tolerance = 1e-2 if key.startswith("optimizer") else 1e-5
+        torch.testing.assert_close(got[key], value, rtol=1e-5, atol=tolerance, msg=key)

@@ -74,7 +74,9 @@ def test_a_model_of_another_network_is_refused_by_name(run):
     config, _ = runs.load_run(run)
     other = Config(name=config.name, model=ModelConfig(name="wrn10_2"))
     write_config(other, run / "config.yaml")
-    with pytest.raises(UserError, match=r"model.safetensors: does not fit the network; missing: .*; unexpected: .*; shape: "):
+    with pytest.raises(
+        UserError, match=r"model.safetensors: does not fit the network; missing: .*; unexpected: .*; shape: "
+    ):
         runs.load_run(run)
 
 
