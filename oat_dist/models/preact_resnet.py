@@ -24,7 +24,8 @@ class PreActBlock(nn.Module):
         self.conv1 = net._conv(in_channels, channels, 3, stride)
         self.norm2 = net._norm(channels)
         self.conv2 = net._conv(channels, channels, 3)
-        self.shortcut = net._conv(in_channels, channels, 1, stride) if in_channels != channels else None
+        changes_shape = stride != 1 or in_channels != channels
+        self.shortcut = net._conv(in_channels, channels, 1, stride) if changes_shape else None
         self.dropout = dropout
 
     def forward(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
