@@ -3,6 +3,7 @@
 deepspeed launch/train.py --config launch/configs/digits.yaml [--section.field=value ...]
 python launch/train.py --config launch/configs/digits.yaml            one process
 deepspeed --num_accelerators 2 launch/train.py --config ...           two processes, on a CPU too
+python launch/train.py --config launch/configs/digits.yaml --dry-run  what it would cost, nothing else
 """
 
 from collections.abc import Sequence
@@ -10,10 +11,17 @@ from collections.abc import Sequence
 from launch import run_main
 from oat_dist.config_io import load_config
 
+DRY_RUN = "--dry-run"
+
 
 def main(argv: Sequence[str]) -> None:
     """Parse, join the other ranks, train, leave."""
-    config = load_config(argv)
+    config = load_config([a for a in argv if a != DRY_RUN])
+    if DRY_RUN in argv:
+        from oat_dist.cost import print_cost
+
+        print_cost(config)
+        return
     # A mistake in the configuration is answered before the seconds that these imports take.
     from oat_dist.engine import init_world
     from oat_dist.trainer import train

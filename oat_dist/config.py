@@ -37,6 +37,8 @@ class DataConfig:
     """Random translation of training images by up to this many pixels in each direction, zeros shifted in."""
     flip: bool = False
     """Random left-right flip of training images."""
+    normalise: bool = False
+    """Subtract the training split's mean and divide by its deviation, per channel, inside the network (paper: no)."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -48,8 +50,22 @@ class DataConfig:
 class ModelConfig:
     """Which network."""
 
-    name: Literal["resnet8", "wrn10_2"] = "resnet8"
-    """`resnet8`: CIFAR ResNet with one block per stage; `wrn10_2`: wide ResNet of depth 10, widening factor 2."""
+    name: Literal[
+        "resnet8", "wrn10_2", "resnet18", "resnet34", "preactresnet18", "wrn16_8", "wrn28_10", "wrn34_10", "wrn40_2"
+    ] = "resnet8"
+    """CIFAR ResNet, pre-activation ResNet, or wide ResNet `wrn<depth>_<widening factor>`; any image size."""
+    dropout: float = 0.0
+    """Share of values dropped after a block's second activation, wide and pre-activation networks (paper: 0.3)."""
+    init: Literal["pytorch", "kaiming"] = "pytorch"
+    """Start of convolutions and classifier: PyTorch's own (paper), or He normal by fan-out and a zero bias."""
+    init_from: str | None = None
+    """A .safetensors file whose weights training starts from: plain (film=none, norm=single) or conditional ones."""
+
+    def __post_init__(self) -> None:
+        """Check ranges, and that the network has a place for dropout."""
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must lie in [0, 1)")
+        expected = f"must be 0 for model.name={self.name}; only the wide and pre-activation networks have dropout"
+        require(self.dropout == 0 or self.name.startswith(("wrn", "preact")), "model.dropout", self.dropout, expected)
 
 
 @dataclass(frozen=True, kw_only=True)

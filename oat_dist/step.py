@@ -59,6 +59,8 @@ def training_losses(
     x_adv = attack_images(
         network, frozen, x[attacked], label_N[attacked], batch.index_N[attacked], config=config, epoch=epoch
     )
+    if config.model.dropout:
+        _seed_dropout(config.seed, epoch, batch.index_N)
     logits = forward(torch.cat((x, x_adv)), cond.joint())
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     clean_logits, adv_logits = logits.split((len(x), len(x_adv)))
@@ -79,6 +81,15 @@ def training_losses(
             "correct_robust": (adv_logits.argmax(1) == label_N[attacked]).sum(),
         }
     return StepLosses(loss_N=loss_N, counts={key: value.detach() for key, value in counts.items()})
+
+
+def _seed_dropout(seed: int, epoch: int, index_N: Tensor) -> None:
+    """Seed torch's generator, the source of dropout masks, by run, epoch and first image of the micro-batch.
+
+    So a resumed run draws the masks of an undisturbed one with no generator state in its checkpoint. Unlike every other
+    draw, masks change with the number of ranks and with the device.
+    """
+    torch.manual_seed(draw_keys(seed, "dropout", epoch, index_N[:1]).tolist()[0])
 
 
 def attack_images(

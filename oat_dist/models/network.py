@@ -6,14 +6,18 @@
     logits = network(torch.cat((x, x_adv)), cond.joint())     the one training forward
 
 A subclass builds its layers from `_conv`, `_norm` and `nn.Linear`, then calls `_number_sites`, and defines
-`forward(x, cond)`.
+`_logits(x, cond)`, which gets the images after pixel normalisation.
 
-Letters: N images, L distinct lambdas, K classes in logits_NK.
+Letters: N images, C channels, L distinct lambdas, K classes in logits_NK.
 """
+
+import contextlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from oat_dist.attacks import evaluation_mode
 from oat_dist.conditioning import LambdaEncoder
 from oat_dist.config import ConditioningConfig
 from oat_dist.errors import UserError
@@ -37,6 +41,36 @@ class ConditionalNetwork(nn.Module):
         self.encoder = LambdaEncoder(cfg, seed=seed) if cfg.film != "none" else None
         self.sync_statistics = False
         self.sites: tuple[FiLMDualBN2d, ...] = ()
+        # None is left out of the state dict; `normalise_pixels` fills them.
+        self.register_buffer("pixel_mean", None)
+        self.register_buffer("pixel_std", None)
+
+    def normalise_pixels(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Normalise images inside the network from now on, so that attacks stay in [0, 1]; the state dict carries both.
+
+        Args:
+            mean: Mean of each channel in [0, 1].
+            std: Standard deviation of each channel, > 0.
+
+        Raises:
+            UserError: Different lengths, or a deviation that is not positive and finite.
+        """
+        mean_C, std_C = torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
+        if mean_C.dim() != 1 or mean_C.shape != std_C.shape:
+            raise UserError(f"pixel_mean={list(mean)}, pixel_std={list(std)}: expected one number per channel each")
+        if not bool((mean_C.isfinite() & std_C.isfinite() & (std_C > 0)).all()):
+            raise UserError(f"pixel_mean={list(mean)}, pixel_std={list(std)}: expected finite means, deviations > 0")
+        self.pixel_mean, self.pixel_std = mean_C, std_C
+
+    def forward(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
+        """Logits [N, K] of images [N, C, H, W] in [0, 1]."""
+        if self.pixel_mean is not None:
+            x = (x - self.pixel_mean[:, None, None]) / self.pixel_std[:, None, None]
+        return self._logits(x, cond)
+
+    def _logits(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
+        """Logits of normalised images; the subclass's."""
+        raise NotImplementedError
 
     def _conv(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
         return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
@@ -99,8 +133,9 @@ class ConditionalNetwork(nn.Module):
         return Frozen(row_N=cond.row_N, affines=tuple(site.fold(cond) for site in self.sites), weights=weights)
 
     def attack_logits(self, x: Tensor, frozen: Frozen) -> Tensor:
-        """Logits [N, K] with running statistics, whatever the mode; gradients flow to `x` alone."""
-        return torch.func.functional_call(self, dict(frozen.weights), (x, frozen))
+        """Logits [N, K] with running statistics and without dropout in any mode; gradients flow to `x` alone."""
+        with evaluation_mode(self) if self.training else contextlib.nullcontext():
+            return torch.func.functional_call(self, dict(frozen.weights), (x, frozen))
 
     @torch.no_grad()
     def predict(self, x: Tensor, lam: float | Tensor) -> Tensor:

@@ -67,8 +67,7 @@ class ResNet(ConditionalNetwork):
         self.classifier = nn.Linear(channels, num_classes)
         self._number_sites()
 
-    def forward(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
-        """Logits [N, K] of images [N, C, H, W] in [0, 1]."""
+    def _logits(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
         out = self.stem_norm(self.stem(x), cond)
         for block in self.blocks:
             out = block(out, cond)

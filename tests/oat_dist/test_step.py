@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from benchmarks.published_step import published, three_call_step
 from oat_dist import step as step_module
 from oat_dist.config import AttackConfig, ConditioningConfig, Config, LossConfig, ModelConfig
 from oat_dist.data import Batch
-from oat_dist.models import build_model
+from oat_dist.models import MODELS, build_model
+from oat_dist.models.preact_resnet import PreActResNet
 from oat_dist.step import training_losses
 
 LAMBDAS = {
@@ -53,8 +55,10 @@ def disturbed(config: Config, channels: int = 1, dtype=torch.float64):
 
 @pytest.mark.parametrize("lambdas", LAMBDAS.values(), ids=LAMBDAS)
 @pytest.mark.parametrize("norm", ["dual", "single"])
-@pytest.mark.parametrize("model", ["resnet8", "wrn10_2"])
+@pytest.mark.parametrize("model", ["resnet8", "wrn10_2", "preactresnet18"])
 def test_losses_gradients_and_running_statistics_equal_the_published_three_calls(model, norm, lambdas, monkeypatch):
+    shrunk = partial(PreActResNet, blocks=(1, 1, 1), widths=(8, 12, 16))
+    monkeypatch.setitem(MODELS, "preactresnet18", shrunk)
     config = make(model, norm)
     lam = torch.tensor(lambdas, dtype=torch.float64)
     batch = make_batch(len(lambdas))
@@ -180,6 +184,47 @@ def test_bf16_runs_the_attack_under_autocast_and_gives_float32_losses():
     assert all(p.grad.dtype == torch.float32 for p in network.parameters() if p.grad is not None)
 
 
+def dropping(dropout=0.5, seed=0) -> Config:
+    return dataclasses.replace(make("wrn10_2"), model=ModelConfig(name="wrn10_2", dropout=dropout), seed=seed)
+
+
+def test_dropout_masks_follow_seed_epoch_and_images_whatever_was_drawn_before():
+    network, batch = disturbed(dropping()), make_batch(6)
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    lam = torch.tensor([0, 0, 0.1, 0.4, 1, 1], dtype=torch.float64)
+
+    def losses(batch=batch, epoch=0, seed=0):
+        network.load_state_dict(state)
+        config = dataclasses.replace(dropping(seed=seed), attack=AttackConfig(steps=1, random_start=False))
+        return training_losses(network, batch, lam, config=config, epoch=epoch, forward=network).loss_N.detach()
+
+    first = losses()
+    torch.rand(7)
+    assert torch.equal(losses(), first)
+    assert not torch.allclose(losses(epoch=1), first)
+    assert not torch.allclose(losses(seed=1), first)
+    assert not torch.allclose(losses(dataclasses.replace(batch, index_N=batch.index_N + 1)), first)
+
+
+def test_the_attack_sees_no_dropout(monkeypatch):
+    images = []
+    for dropout in (0.0, 0.5):
+        network, batch = disturbed(dropping(dropout)), make_batch(4)
+        lam = torch.tensor([0, 0.1, 1, 1], dtype=torch.float64)
+        training_losses(
+            network, batch, lam, config=dropping(dropout), epoch=0,
+            forward=lambda x, cond, network=network: images.append(x) or network(x, cond),
+        )  # fmt: skip
+    assert torch.equal(images[0], images[1])
+
+
+def test_a_step_without_dropout_leaves_the_global_generator_alone():
+    network, before = disturbed(make()), torch.get_rng_state()
+    lam = torch.tensor([0, 0.1, 1, 1], dtype=torch.float64)
+    training_losses(network, make_batch(4), lam, config=make(), epoch=0, forward=network)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 class _NoWaiting(torch.utils._python_dispatch.TorchDispatchMode):
     """Fails on operators that make the host wait for the values of a tensor on the (pretended) device."""
 
@@ -192,7 +237,7 @@ class _NoWaiting(torch.utils._python_dispatch.TorchDispatchMode):
 
 def test_no_operator_of_the_step_makes_the_host_wait_for_the_device(monkeypatch):
     # lambda stays on the host, so what depends on it is worked out before; indices are range-checked on the CPU only.
-    config = make()
+    config = dropping()
     network, batch = disturbed(config), make_batch(4)
     lam = torch.tensor([0, 0.1, 1, 1], dtype=torch.float64)
     cond = network.condition(lam)

@@ -1,0 +1,161 @@
+"""What a run will cost, before it starts: parameters, multiply-adds, forward units. Touches neither images nor a GPU.
+
+A forward unit is one forward pass of one image. The backward pass to the images alone (an attack step) counts one
+more; the backward pass of training, to images and parameters, counts two: each is a convolution as large as the
+forward one. With PGD of k steps and attacked share a = 1 - P(lambda = 0), an image of a training batch costs
+
+    a * k * (1 + 1)     the attack of its partner
+    (1 + a) * (1 + 2)   training forward and backward of itself and its partner
+
+FLOPs are 2 per multiply-add of convolutions and the classifier. Norms, activations and the FiLM generators, which run
+once per step on the distinct lambdas, are left out, as is the evaluation at the end.
+"""
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from oat_dist.config import Config
+from oat_dist.data import open_prepared
+from oat_dist.models import build_model
+from oat_dist.models.network import ConditionalNetwork
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataShape:
+    """What the cost needs to know of a data set."""
+
+    image_shape: tuple[int, int, int]
+    """(H, W, C)."""
+    num_classes: int
+    """Classes."""
+    num_train_images: int
+    """Images of the training split."""
+
+
+# The training splits are those of `launch/prepare_data.py`: validation is already taken off.
+_KNOWN = {
+    "cifar10": DataShape(image_shape=(32, 32, 3), num_classes=10, num_train_images=45_000),
+    "cifar100": DataShape(image_shape=(32, 32, 3), num_classes=100, num_train_images=45_000),
+    "svhn": DataShape(image_shape=(32, 32, 3), num_classes=10, num_train_images=68_257),
+    "stl10": DataShape(image_shape=(96, 96, 3), num_classes=10, num_train_images=4_500),
+    "digits": DataShape(image_shape=(8, 8, 1), num_classes=10, num_train_images=1_437),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCost:
+    """Cost of one run."""
+
+    parameters: int
+    """Trained numbers of the network."""
+    plain_parameters: int
+    """Those of the same network without conditioning (film=none, norm=single)."""
+    forward_flops: int
+    """FLOPs of one forward pass of one image, 2 per multiply-add."""
+    units_per_image: float
+    """Forward units for one image of a training batch."""
+    images: int
+    """Images of all batches of the run."""
+
+    @property
+    def units(self) -> float:
+        """Forward units of the run."""
+        return self.units_per_image * self.images
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of the run."""
+        return self.units * self.forward_flops
+
+
+def training_cost(
+    config: Config, *, in_channels: int, image_size: tuple[int, int], num_classes: int, num_train_images: int
+) -> TrainingCost:
+    """Count the cost of a run.
+
+    Args:
+        config: Configuration of the run.
+        in_channels: Channels of the images.
+        image_size: (H, W) of the images.
+        num_classes: Classes.
+        num_train_images: Images of the training split; an epoch leaves out the incomplete batch.
+
+    Returns:
+        The cost; shares of lambda are the configured ones, a batch rounds its number of zeros up.
+    """
+    plain_conditioning = dataclasses.replace(config.conditioning, film="none", norm="single")
+    plain = dataclasses.replace(config, conditioning=plain_conditioning)
+    networks = [build_model(c, in_channels=in_channels, num_classes=num_classes) for c in (config, plain)]
+    attacked = 1 - config.conditioning.mass_at_zero
+    batches = config.optim.epochs * (num_train_images // config.optim.batch_size)
+    return TrainingCost(
+        parameters=_num_parameters(networks[0]),
+        plain_parameters=_num_parameters(networks[1]),
+        forward_flops=forward_flops(networks[0], (in_channels, *image_size)),
+        units_per_image=attacked * config.attack.steps * 2 + (1 + attacked) * 3,
+        images=batches * config.optim.batch_size,
+    )
+
+
+def forward_flops(network: ConditionalNetwork, image_shape: tuple[int, int, int]) -> int:
+    """FLOPs of one forward pass of one image, counted on shapes alone.
+
+    Args:
+        network: Any conditional network; it stays as it is.
+        image_shape: (C, H, W).
+    """
+    shadow = copy.deepcopy(network).to("meta")
+    frozen = shadow.freeze(shadow.condition(torch.zeros(1)))
+    with FlopCounterMode(display=False) as counter:
+        shadow.attack_logits(torch.empty(1, *image_shape, device="meta"), frozen)
+    return counter.get_total_flops()
+
+
+def print_cost(config: Config) -> None:
+    """Print what a run of this configuration costs.
+
+    Raises:
+        UserError: A data set that is neither known by name nor prepared.
+    """
+    shape = _data_shape(config)
+    height, width, channels = shape.image_shape
+    cost = training_cost(
+        config,
+        in_channels=channels,
+        image_size=(height, width),
+        num_classes=shape.num_classes,
+        num_train_images=shape.num_train_images,
+    )
+    table = Table(title=f"{config.name}: {config.model.name} on {config.data.dataset}", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in {
+        "image (height x width x channels)": f"{height} x {width} x {channels}",
+        "parameters": f"{cost.parameters:,}",
+        "parameters without conditioning": f"{cost.plain_parameters:,}",
+        "GFLOPs per forward pass of an image": f"{cost.forward_flops / 1e9:.3f}",
+        "forward units per training image": f"{cost.units_per_image:.2f}",
+        "training images x epochs": f"{cost.images:,}",
+        "forward units of the run": f"{cost.units:.3e}",
+        "FLOPs of the run": f"{cost.flops:.3e}",
+    }.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _data_shape(config: Config) -> DataShape:
+    if config.data.dataset in _KNOWN:
+        return _KNOWN[config.data.dataset]
+    data = open_prepared(config.data.root, config.data.dataset)
+    return DataShape(image_shape=data.image_shape, num_classes=len(data.classes), num_train_images=data.counts["train"])
+
+
+def _num_parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
