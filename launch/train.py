@@ -1,9 +1,11 @@
 """Train one once-for-all network and measure its curve.
 
-deepspeed launch/train.py --config launch/configs/digits.yaml [--section.field=value ...]
-python launch/train.py --config launch/configs/digits.yaml            one process
-deepspeed --num_accelerators 2 launch/train.py --config ...           two processes, on a CPU too
-python launch/train.py --config launch/configs/digits.yaml --dry-run  what it would cost, nothing else
+    deepspeed launch/train.py --config launch/configs/digits.yaml [--section.field=value ...]
+    python launch/train.py --config launch/configs/digits.yaml            one process
+    deepspeed --num_accelerators 2 launch/train.py --config ...           two processes, on a CPU too
+    python launch/train.py --config launch/configs/digits.yaml --dry-run  what it would cost, nothing else
+
+The same command goes on with a run that was killed (checkpoint.resume).
 """
 
 from collections.abc import Sequence

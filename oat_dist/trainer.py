@@ -17,6 +17,7 @@ from oat_dist.engine import Engine, deepspeed_config
 from oat_dist.evaluation import EvaluationAttack
 from oat_dist.metrics import MetricsWriter, keep_metrics_until
 from oat_dist.models import build_model
+from oat_dist.models.init_from import initialise_from
 from oat_dist.optim import AveragedNetwork, learning_rate
 from oat_dist.progress import progress_bar
 from oat_dist.resume import RunLock, find_unfinished
@@ -126,6 +127,8 @@ class Training:
         network = build_model(config, in_channels=data.image_shape[2], num_classes=len(data.classes))
         if checkpoint is not None:
             load_exactly(network, checkpoint.tensors("network"), checkpoint.folder / "network.safetensors")
+        elif config.model.init_from is not None:
+            initialise_from(network, config.model.init_from)
         self.network = network.to(world.device)
         # Weights first: DeepSpeed takes its own copies of them. Its optimiser state exists only afterwards.
         self.engine = Engine(self.network, config, world)
@@ -182,8 +185,6 @@ class Training:
 
     def _take_step(self, sampler: LambdaSampler, micro_batches: list, epoch: int, at: int, lr: float) -> None:
         """One optimiser step: condition, attack, forward, loss, backward for every micro-batch."""
-        # Dropout draws from torch's generator: set by step and rank, it needs no state in a checkpoint.
-        torch.manual_seed((self.config.seed * 1_000_003 + self.step) * 65_537 + self.world.rank)
         for batch in micro_batches:
             lam_N = sampler.draw(epoch, at, batch.position_N, batch.index_N)
             losses = training_losses(

@@ -10,15 +10,15 @@ Letters: G norm groups, C channels, K lambdas that own a code.
 """
 
 import os
+import pathlib
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from oat_dist.errors import UserError
 from oat_dist.models.network import ConditionalNetwork
 from oat_dist.models.norm import FiLMDualBN2d
+from oat_dist.weights import read_tensors
 
 _NAMED = 5
 
@@ -66,13 +66,9 @@ def initialise_from(network: ConditionalNetwork, path: str | os.PathLike[str]) -
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load_file(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"model.init_from={str(path)!r}: {reason}; name a .safetensors file") from None
-    except safetensors.SafetensorError as error:
-        expected = f"not a whole safetensors file ({error}); other formats are not read"
-        raise UserError(f"model.init_from={str(path)!r}: {expected}") from None
+        return read_tensors(pathlib.Path(path))[0]
+    except UserError as error:
+        raise UserError(f"model.init_from: {error}; name a .safetensors file") from None
 
 
 def _lambdas(knots_K: Tensor) -> str:

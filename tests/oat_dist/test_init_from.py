@@ -124,7 +124,7 @@ class Trap:
 def test_a_pickle_is_refused_and_not_run(suffix, tmp_path):
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
-    with pytest.raises(UserError, match=r"model.init_from='.*': not a whole safetensors file"):
+    with pytest.raises(UserError, match=r"model.init_from: .*: damaged, or not a safetensors file"):
         initialise_from(build(), path)
     assert not (tmp_path / "sprung").exists()
 
@@ -133,13 +133,13 @@ def test_a_cut_file_is_refused(tmp_path):
     path = tmp_path / "weights.safetensors"
     saved(build(), path)
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(UserError, match=r"model.init_from='.*': not a whole safetensors file"):
+    with pytest.raises(UserError, match=r"model.init_from: .*: damaged, or not a safetensors file"):
         initialise_from(build(), path)
 
 
 @pytest.mark.parametrize("name", ["missing.safetensors", "."])
 def test_a_path_that_is_no_file_is_named(name, tmp_path):
-    with pytest.raises(UserError, match=r"model.init_from='.*': .*name a .safetensors file"):
+    with pytest.raises(UserError, match=r"model.init_from: .*: cannot be read: .*name a .safetensors file"):
         initialise_from(build(), tmp_path / name)
 
 

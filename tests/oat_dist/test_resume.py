@@ -152,6 +152,6 @@ def test_a_run_goes_on_with_another_number_of_ranks(digits, tmp_path, before, af
     (got, *_) = run_ranks(part, after, root, str(moves), False)
     assert len(got) == len(expected) > 150
     for key, value in expected.items():
-        # Momentum is a sum of gradients, so a turned ReLU shows in it undamped.
-        tolerance = 1e-2 if key.startswith("optimizer") else 1e-5
+        # Momentum and statistics are sums over the batch, so a turned ReLU shows in them undamped by the learning rate.
+        tolerance = 1e-2 if key.startswith("optimizer") else 1e-3 if "running_" in key else 1e-5
         torch.testing.assert_close(got[key], value, rtol=1e-5, atol=tolerance, msg=key)
