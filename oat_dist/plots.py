@@ -29,7 +29,7 @@ def draw_frontier(report: dict, path: pathlib.Path) -> None:
     over_lambda.plot(lam, sa, "o-", color="tab:green", label="SA")
     over_lambda.plot(lam, ra, "s-", color="tab:red", label="RA")
     over_lambda.set(xlabel="lambda", ylabel="accuracy (%)", ylim=(0, 100))
-    over_lambda.legend()
+    over_lambda.legend(loc="center right")
     for axes in (curve, over_lambda):
         axes.grid(alpha=0.3)
     figure.suptitle(
