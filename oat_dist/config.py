@@ -33,15 +33,17 @@ class DataConfig:
     """`ffcv` streams .beton files; `memory` keeps the whole split on the device. Both give bit-equal batches."""
     workers: int = 1
     """Decoding threads per rank of the ffcv loader."""
-    shift_pixels: int = 0
-    """Random translation of training images by up to this many pixels in each direction, zeros shifted in."""
-    flip: bool = False
-    """Random left-right flip of training images."""
+    shift_pixels: int | None = None
+    """Random translation of training images by up to this many pixels each way, zeros shifted in; default: the data
+    set's own (CIFAR, STL-10, folder and npz 4, SVHN 0, digits 1)."""
+    flip: bool | None = None
+    """Random left-right flip of training images; default: the data set's own (not for SVHN and digits)."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         require(self.workers >= 1, "data.workers", self.workers, "must be at least 1")
-        require(self.shift_pixels >= 0, "data.shift_pixels", self.shift_pixels, "must be at least 0")
+        ok = self.shift_pixels is None or self.shift_pixels >= 0
+        require(ok, "data.shift_pixels", self.shift_pixels, "must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
