@@ -1,6 +1,6 @@
 """Images from a NumPy archive: x_train, y_train, and optionally x_val, y_val, x_test, y_test and classes.
 
-x is uint8 [N, H, W, C] or [N, H, W], y integers [N], classes the names in the order of the labels. Nothing is unpickled.
+x is uint8 [N, H, W, C] or [N, H, W], y integers [N], classes names in the order of the labels. Nothing is unpickled.
 """
 
 import pathlib
