@@ -85,7 +85,7 @@ def _class_files(folder: pathlib.Path, classes: Sequence[str]) -> list[list[path
     """Image files of each class, by name."""
     found = _class_names(folder)
     for name in sorted(set(found) ^ set(classes)):
-        have, lack = ("test or val", "train") if name in found else ("train", folder.name)
+        have, lack = (folder.name, "train") if name in found else ("train", folder.name)
         raise UserError(f"{folder}: class {name!r} is in {have} but not in {lack}; parts must have the same classes")
     files = []
     for name in classes:
