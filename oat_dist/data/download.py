@@ -98,10 +98,18 @@ def fetch(remote: Remote, cache: pathlib.Path, *, source: str = "ARCHIVE") -> pa
         except ValueError:
             reason = f"what came has the wrong checksum (expected {remote.checksum})"
         except OSError as error:
+            # What is there of it would only keep a full disk full.
+            with contextlib.suppress(OSError):
+                _part(path).unlink()
             raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
         if attempt < _ATTEMPTS:
             print(f"note: {remote.url}: {reason}; trying again", file=sys.stderr)
     raise UserError(f"{remote.url} -> {path}: {reason}; run again, or give your own copy with --source {source}")
+
+
+def _part(path: pathlib.Path) -> pathlib.Path:
+    """Where a file is while it comes."""
+    return path.with_name(f".{path.name}.part")
 
 
 def _resuming_download(url: str, output_file: str, _pooch: object) -> None:
@@ -112,7 +120,7 @@ def _resuming_download(url: str, output_file: str, _pooch: object) -> None:
         OSError: The file cannot be written.
     """
     output = pathlib.Path(output_file)
-    part = output.with_name(f".{url.rpartition('/')[2]}.part")
+    part = _part(output.with_name(url.rpartition("/")[2]))
     # pooch makes this file empty and would leave it behind when killed.
     output.unlink(missing_ok=True)
     have = part.stat().st_size if part.exists() else 0
@@ -124,7 +132,7 @@ def _resuming_download(url: str, output_file: str, _pooch: object) -> None:
             response.raise_for_status()
             start = have if response.headers.get("Content-Range", "").startswith(f"bytes {have}-") else 0
             total = start + int(response.headers.get("Content-Length", 0))
-            with part.open("ab" if start else "wb") as stream, byte_bar(part.name[1:-5], total, start) as advance:
+            with part.open("ab" if start else "wb") as stream, byte_bar(url, total, start) as advance:
                 for chunk in response.iter_content(_CHUNK_BYTES):
                     stream.write(chunk)
                     advance(len(chunk))

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import pathlib
+import resource
 import subprocess
 import sys
 import threading
@@ -168,6 +169,17 @@ def test_a_cache_that_cannot_be_written_is_named(server, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/cache/set.tar.gz: cannot be written: "):
         fetch(server.remote, tmp_path / "file/cache")
+
+
+def test_a_disk_that_fills_up_is_named_and_given_back(server, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"set.tar.gz: cannot be written: File too large"):
+            fetch(server.remote, tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(tmp_path / "cache") == []
 
 
 def test_a_copy_of_the_users_is_used_as_it_is_with_a_note_when_it_is_not_the_official_one(server, tmp_path, capsys):
