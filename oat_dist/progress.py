@@ -4,7 +4,14 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 
 @contextlib.contextmanager
@@ -27,3 +34,22 @@ def progress_bar(
     with Progress(*columns, console=console, disable=not (is_main and console.is_terminal)) as bar:
         task = bar.add_task(description, total=total, completed=done)
         yield lambda text=None: bar.update(task, advance=1, description=text)
+
+
+@contextlib.contextmanager
+def byte_bar(description: str, total: int, start: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show the progress of a download on standard error, if that is a terminal.
+
+    Args:
+        description: Text before the bar.
+        total: Bytes of the whole; 0 when unknown.
+        start: Bytes that are there already.
+
+    Yields:
+        A function that advances by a number of bytes.
+    """
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=total or None, completed=start)
+        yield lambda num_bytes: bar.advance(task, num_bytes)

@@ -124,7 +124,13 @@ class Training:
             checkpoint: Where to go on, or None.
         """
         self.config, self.data, self.loader, self.world, self.run = config, data, loader, world, run
-        network = build_model(config, in_channels=data.image_shape[2], num_classes=len(data.classes))
+        network = build_model(
+            config,
+            in_channels=data.image_shape[2],
+            num_classes=len(data.classes),
+            pixel_mean=data.pixel_mean,
+            pixel_std=data.pixel_std,
+        )
         if checkpoint is not None:
             load_exactly(network, checkpoint.tensors("network"), checkpoint.folder / "network.safetensors")
         elif config.model.init_from is not None:

@@ -10,9 +10,13 @@ batches.
 """
 
 import contextlib
+import errno
 import importlib.util
-import io
+import multiprocessing
+import os
 import pathlib
+import queue
+import types
 from collections.abc import Iterator
 
 import numpy as np
@@ -22,7 +26,9 @@ from torch import Tensor
 from oat_dist.errors import UserError
 
 # The smallest page FFCV allows: a small data set then takes megabytes, not tens of them.
-_PAGE_BYTES = 1 << 21
+_MIN_PAGE_BYTES = 1 << 21
+# An image does not cross pages; with eight or more in each, at most an eighth of the file is filling.
+_MIN_IMAGES_PER_PAGE = 8
 
 
 def is_installed() -> bool:
@@ -31,16 +37,43 @@ def is_installed() -> bool:
 
 
 def write_beton(path: pathlib.Path, *, image: np.ndarray, label: np.ndarray, index: np.ndarray) -> None:
-    """Write images [N, H, W, C] uint8 with label and index [N] int64."""
+    """Write images [N, H, W, C] uint8 with label and index [N] int64; the same input gives the same bytes.
+
+    FFCV's own `from_indexed_dataset` starts processes and waits for ever when one dies (of a full disk, say), so its
+    parts are called here one after the other, in this process.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     with _same_threads():
         from ffcv.fields import IntField, NDArrayField
-        from ffcv.writer import DatasetWriter
+        from ffcv.memory_allocator import MemoryAllocator
+        from ffcv.types import ALLOC_TABLE_TYPE
+        from ffcv.writer import DatasetWriter, worker_job_indexed_dataset
 
-        fields = {"image": NDArrayField(image.dtype, image.shape[1:]), "label": IntField(), "index": IntField()}
-        writer = DatasetWriter(str(path), fields, page_size=_PAGE_BYTES, num_workers=1)
-        samples = _Samples(image, label, index)
-        with contextlib.redirect_stderr(io.StringIO()):  # FFCV always draws a progress bar
-            writer.from_indexed_dataset(samples)
+    fields = {"image": NDArrayField(image.dtype, image.shape[1:]), "label": IntField(), "index": IntField()}
+    page_bytes = max(_MIN_PAGE_BYTES, 1 << (_MIN_IMAGES_PER_PAGE * image[0].nbytes - 1).bit_length())
+    writer = DatasetWriter(str(path), fields, page_size=page_bytes)
+    writer.num_samples = len(label)
+    writer.prepare()
+    # Nobody shares it, and nothing is left in /dev/shm when writing fails.
+    writer.metadata_sm.close()
+    writer.metadata_sm.unlink()
+    writer.metadata_sm = types.SimpleNamespace(buf=bytearray(len(label) * writer.metadata_type.itemsize))
+    work, allocations = queue.SimpleQueue(), queue.SimpleQueue()
+    work.put([(row, row) for row in range(len(label))])
+    work.put(None)
+    allocator = MemoryAllocator(str(path), writer.data_region_start, page_bytes)
+    worker_job_indexed_dataset(
+        work, writer.metadata_sm, writer.metadata_type, fields, allocator, multiprocessing.Value("Q", 0), allocations,
+        _Samples(image, label, index),
+    )  # fmt: skip
+    table = allocations.get()
+    writer.finalize(table)
+    # FFCV writes pages unbuffered and does not look at how many bytes went through.
+    pages_end = allocator.offset + allocator.next_page_written.value * page_bytes
+    if path.stat().st_size != pages_end + len(table) * ALLOC_TABLE_TYPE.itemsize:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 class BetonReader:

@@ -121,6 +121,11 @@ class TrainLoader:
         self.config, self.device = config, device
         self.steps_per_epoch = num_images // optim.batch_size
         self._reader = open_reader(data, "train", config.data, device)
+        cfg = config.data
+        self._augmentation = {
+            "shift_pixels": data.shift_pixels if cfg.shift_pixels is None else cfg.shift_pixels,
+            "flip": data.flip if cfg.flip is None else cfg.flip,
+        }
         self._positions = deal(optim.batch_size, rank=rank, ranks=ranks, accumulation=accumulation)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
@@ -138,11 +143,10 @@ class TrainLoader:
         order = permutation(len(self._reader), seed, "order", epoch)[: self.steps_per_epoch * size]
         mine = torch.cat(self._positions)
         row_M = order.view(self.steps_per_epoch, size)[first_step:, mine].flatten()
-        cfg = self.config.data
         for image, label, index_N in self._reader.batches(row_M, len(mine)):
             x, label_N = _to_device(image, label, self.device)
             on_device = index_N.to(self.device, non_blocking=True)
-            x = augment(x, on_device, seed=seed, epoch=epoch, shift_pixels=cfg.shift_pixels, flip=cfg.flip)
+            x = augment(x, on_device, seed=seed, epoch=epoch, **self._augmentation)
             sizes = [len(p) for p in self._positions]
             parts = zip(
                 _to_pixels(x).split(sizes), label_N.split(sizes), index_N.split(sizes), self._positions, strict=True

@@ -42,7 +42,7 @@ def single(digits, tmp_path_factory) -> tuple[pathlib.Path, subprocess.Completed
 def test_training_writes_a_complete_run_and_prints_the_curve_and_where_it_is(single):
     run, done, _ = single
     expected = {"config.yaml", "deepspeed.json", "provenance.json", "metrics.jsonl", "timings.jsonl", "tensorboard",
-                "model.safetensors", "frontier.json", "frontier.png", "frontier.svg"}  # fmt: skip
+                "model.safetensors", "frontier.json", "frontier.png", "frontier.svg", "checkpoints", ".lock"}  # fmt: skip
     assert {p.name for p in run.iterdir()} == expected
     frontier = json.loads((run / "frontier.json").read_text())
     assert (frontier["model"], frontier["dataset"], frontier["split"]) == ("resnet8", "digits", "test")
@@ -152,7 +152,7 @@ def test_a_mistake_in_an_evaluation_is_named(single, args, message, monkeypatch,
      (train.main, ["--config", "missing.yaml"], "--config missing.yaml: No such file"),
      (evaluate.main, ["--run", "nowhere"], "--run nowhere: not a run"),
      (evaluate.main, [], "the following arguments are required: --run"),
-     (prepare_data.main, ["imagenet"], "argument dataset: invalid choice: 'imagenet'")],
+     (prepare_data.main, ["imagenet"], "data set 'imagenet': expected one of digits, cifar10")],
 )  # fmt: skip
 def test_a_mistake_on_the_command_line_costs_one_line_and_exit_code_2(
     main, args, message, monkeypatch, tmp_path, capsys
@@ -182,7 +182,7 @@ def test_a_mistake_found_in_the_data_costs_one_line_exit_code_2_and_writes_nothi
 
 
 def test_preparing_data_says_what_it_wrote(tmp_path, monkeypatch, capsys):
-    assert start(prepare_data.main, ["digits", "--root", str(tmp_path)], monkeypatch) == 0
+    assert start(prepare_data.main, ["digits", "--out", str(tmp_path)], monkeypatch) == 0
     printed = capsys.readouterr().out
     assert "1437 train, 180 val, 180 test" in printed
     names = {p.name for p in (tmp_path / "digits").iterdir()}

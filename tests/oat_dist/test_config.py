@@ -123,8 +123,9 @@ def test_every_named_network_can_be_built():
 
 
 def test_every_field_says_what_it_is():
-    tree = ast.parse(pathlib.Path(load_config.__code__.co_filename).with_name("config.py").read_text())
-    for cls in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+    folder = pathlib.Path(load_config.__code__.co_filename).parent
+    body = [node for name in ("config", "settings") for node in ast.parse((folder / f"{name}.py").read_text()).body]
+    for cls in (node for node in body if isinstance(node, ast.ClassDef)):
         for field, after in zip(cls.body, cls.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign):
                 documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)

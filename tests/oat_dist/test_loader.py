@@ -11,7 +11,7 @@ from oat_dist.data import TrainLoader, evaluation_batches, open_prepared, prepar
 from oat_dist.data.augment import augment
 from oat_dist.data.ffcv_io import is_installed
 from oat_dist.data.loader import deal
-from oat_dist.data.sources import digits as digits_source
+from oat_dist.data.sources.digits import read_digits
 from oat_dist.errors import UserError
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def test_ffcv_reads_an_evaluation_split_whole_and_in_order(digits):
         batches = evaluation_batches(digits, "test", DataConfig(loader=name), 64, device=CPU)
         assert [len(b.label_N) for b in batches] == [64, 64, 52]
         index = torch.cat([b.index_N for b in batches])
-        source = digits_source()
+        source = read_digits()
         assert index.tolist() == source.splits["test"].tolist()
         pixels = torch.cat([b.image_NCHW for b in batches])[:, 0]
         assert torch.equal((pixels * 255).round().byte(), torch.from_numpy(source.images_NHWC[index.numpy(), :, :, 0]))
@@ -62,7 +62,7 @@ def test_reading_leaves_the_number_of_threads_alone(digits):
 
 
 def test_the_split_is_stratified_and_complete():
-    source = digits_source()
+    source = read_digits()
     rows = [set(source.splits[name].tolist()) for name in ("train", "val", "test")]
     assert [len(r) for r in rows] == [1437, 180, 180]
     assert len(set.union(*rows)) == 1797
@@ -133,7 +133,7 @@ def test_a_flip_mirrors_about_half_of_the_images():
 
 def test_no_augmentation_gives_the_stored_pixels(digits):
     config = settings(digits, shift_pixels=0, flip=False)
-    source = digits_source()
+    source = read_digits()
     for (batch,) in epoch(digits, config)[:2]:
         stored = torch.from_numpy(source.images_NHWC[batch.index_N.numpy()]).permute(0, 3, 1, 2)
         assert torch.equal(batch.image_NCHW, stored.float() / 255)
@@ -153,7 +153,7 @@ def test_more_ranks_than_images_or_too_large_a_batch_is_refused(digits, batch_si
 
 
 def test_a_missing_data_set_is_named_with_what_would_be_right(tmp_path):
-    with pytest.raises(UserError, match=r"data.dataset='cifar': no prepared data set at .*; .* one of: digits"):
+    with pytest.raises(UserError, match=r"data.dataset='cifar': no prepared data set at .*; run: python launch"):
         open_prepared(str(tmp_path), "cifar")
 
 
@@ -176,7 +176,7 @@ def test_a_damaged_or_missing_split_is_named_with_the_command_that_mends_it(tmp_
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"data.root=.*: cannot write"):
+    with pytest.raises(UserError, match=r"file/digits: cannot write the data set"):
         prepare(str(tmp_path / "file"), "digits")
 
 

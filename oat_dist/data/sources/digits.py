@@ -1,28 +1,11 @@
-"""Where images come from: each source is a function that gives pixels, labels and a split."""
-
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+"""The handwritten digits that come with scikit-learn."""
 
 import numpy as np
 
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """A data set in memory, before it is written."""
-
-    images_NHWC: np.ndarray
-    """uint8, C last."""
-    labels_N: np.ndarray
-    """int64 in [0, number of classes)."""
-    classes: tuple[str, ...]
-    """Names of the classes."""
-    splits: Mapping[str, np.ndarray]
-    """Indices of the images of train, val and test, increasing, without overlap."""
-    citation: str
-    """Where the data comes from."""
+from oat_dist.data.sources.source import Source
 
 
-def digits() -> Source:
+def read_digits() -> Source:
     """The 1,797 handwritten digits of 8x8 grey pixels that scikit-learn carries, split 80/10/10 within each class."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -38,7 +21,6 @@ def digits() -> Source:
         classes=tuple(str(name) for name in bunch.target_names),
         splits={"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)},
         citation="Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998; from scikit-learn",
+        shift_pixels=1,
+        flip=False,
     )
-
-
-SOURCES: Mapping[str, Callable[[], Source]] = {"digits": digits}
