@@ -40,7 +40,8 @@ def write_beton(path: pathlib.Path, *, image: np.ndarray, label: np.ndarray, ind
     """Write images [N, H, W, C] uint8 with label and index [N] int64; the same input gives the same bytes.
 
     FFCV's own `from_indexed_dataset` starts processes and waits for ever when one dies (of a full disk, say), so its
-    parts are called here one after the other, in this process.
+    parts are called here one after the other, in this process (which is also faster for small images). These parts are
+    no public interface: pyproject.toml pins FFCV to the one version they are tested with.
 
     Raises:
         OSError: The file cannot be written.

@@ -43,7 +43,7 @@ def prepare(root: str, request: str, *, name: str | None = None, options: Source
     folder = pathlib.Path(root) / name
     try:
         with _hidden_folder(folder) as hidden:
-            source = read_source(request, options)
+            source = _read(request, options)
             _check_space(source, hidden)
             sha256 = {}
             for split in SPLITS:
@@ -69,6 +69,15 @@ def pixel_statistics(images_NHWC: np.ndarray) -> tuple[list[float], list[float]]
     mean = counts @ values / counts.sum(1)
     variance = (counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1)
     return mean.tolist(), np.sqrt(variance).tolist()
+
+
+def _read(request: str, options: SourceOptions) -> Source:
+    """`read_source`, with what the disk refuses to read kept apart from what it refuses to write."""
+    try:
+        return read_source(request, options)
+    except OSError as error:
+        what = error.filename or request
+        raise UserError(f"{request}: cannot read {what}: {error.strerror or error}") from None
 
 
 def _describe(source: Source, name: str, sha256: dict[str, str]) -> dict:

@@ -127,6 +127,15 @@ def test_a_source_that_fails_leaves_nothing(tmp_path):
     assert files(tmp_path) == {"bad.npz": b""} and not (tmp_path / "deep").exists()
 
 
+def test_a_source_that_the_disk_does_not_give_is_not_called_a_failure_to_write(npz, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(npz))
+
+    monkeypatch.setattr(writing, "read_source", refuse)
+    with pytest.raises(UserError, match=rf"npz:{npz}: cannot read {npz}: Permission denied"):
+        prepare(str(tmp_path / "out"), f"npz:{npz}")
+
+
 @pytest.mark.parametrize("name", ["archives", ".hidden", "../up", "a/b", "a b", ""])
 def test_a_name_that_is_no_folder_of_its_own_is_refused(npz, tmp_path, name):
     with pytest.raises(UserError, match=r"--name=.*: must be letters, digits"):
