@@ -78,8 +78,7 @@ def evaluate(
     with evaluation_mode(network), progress_bar("evaluating", total, is_main=world.is_main) as advance:
         for at, row in enumerate(row_L):
             for batch in batches:
-                here = frozen.for_row(row, len(batch.label_N))
-                clean_N, robust_N = _correct(network, here, batch, attack, seed)
+                clean_N, robust_N = _correct(network, frozen, row, batch, attack, seed)
                 counts_L3[at] += torch.stack((torch.ones_like(clean_N), clean_N, robust_N)).sum(1)
                 advance()
     counts = world.sum(counts_L3).tolist()
@@ -87,23 +86,27 @@ def evaluate(
 
 
 def _correct(
-    network: ConditionalNetwork, frozen: Frozen, batch: Batch, attack: EvaluationAttack, seed: int
+    network: ConditionalNetwork, frozen: Frozen, row: int, batch: Batch, attack: EvaluationAttack, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Which images are classified correctly clean, and which under attack too; int64 [N] each."""
-    x, label_N = batch.image_NCHW, batch.label_N
+    """Which images are classified correctly clean, and which under attack too; int64 [N] each.
+
+    Only images that are still correct are attacked.
+    """
 
     def logits_fn(images: Tensor) -> Tensor:
-        return network.attack_logits(images, frozen)
+        return network.attack_logits(images, frozen.for_row(row, len(images)))
 
     with torch.no_grad():
-        clean_N = logits_fn(x).argmax(1) == label_N
-    robust_N = clean_N
+        clean_N = logits_fn(batch.image_NCHW).argmax(1) == batch.label_N
+    robust_N = clean_N.clone()
     for restart in range(attack.restarts):
-        key_N = draw_keys(seed, "evaluation start", restart, batch.index_N.to(x.device))
+        left = robust_N.nonzero().flatten()
+        x, label = batch.image_NCHW[left], batch.label_N[left]
+        key = draw_keys(seed, "evaluation start", restart, batch.index_N.to(x.device)[left])
         x_adv = pgd(
-            logits_fn, x, label_N, eps=attack.eps, steps=attack.steps, step_size=attack.step_size, norm=attack.norm,
-            start_key=key_N,
+            logits_fn, x, label, eps=attack.eps, steps=attack.steps, step_size=attack.step_size, norm=attack.norm,
+            start_key=key,
         )  # fmt: skip
         with torch.no_grad():
-            robust_N = robust_N & (logits_fn(x_adv).argmax(1) == label_N)
+            robust_N[left] = logits_fn(x_adv).argmax(1) == label
     return clean_N.long(), robust_N.long()
