@@ -22,7 +22,7 @@ from oat_dist.data import PreparedData
 from oat_dist.errors import UserError
 from oat_dist.models import build_model
 from oat_dist.models.network import ConditionalNetwork
-from oat_dist.weights import load_exactly, read_tensors, write_tensors
+from oat_dist.weights import load_exactly, read_tensors, whole_file, write_tensors
 
 _PACKAGES = ("torch", "triton", "deepspeed", "ffcv", "numpy", "safetensors")
 _FORMAT = "oat-dist/1"
@@ -49,20 +49,32 @@ def create_run(config: Config, data: PreparedData, deepspeed: dict, ranks: int) 
         run = _new_folder(pathlib.Path(config.output_dir), stem)
         write_config(config, run / "config.yaml")
         (run / "deepspeed.json").write_text(json.dumps(deepspeed, indent=1))
-        provenance = {
-            "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
-            "started": now.astimezone().isoformat(timespec="seconds"),
-            "ranks": ranks,
-            "commit": _commit(),
-            "python": platform.python_version(),
-            "packages": {name: _version(name) for name in _PACKAGES},
-            "machine": {"processor": _processor(), "cores": os.cpu_count(), "gpu": _gpu()},
-            "data": {"name": data.name, "counts": dict(data.counts), "sha256": dict(data.sha256)},
+        about_data = {
+            "name": data.name,
+            "counts": dict(data.counts),
+            "sha256": dict(data.sha256),
+            "source_sha256": dict(data.source_sha256),
         }
+        provenance = {**_circumstances(ranks), "data": about_data, "resumed": []}
         (run / "provenance.json").write_text(json.dumps(provenance, indent=1))
     except OSError as error:
         raise UserError(f"output_dir={config.output_dir!r}: cannot write a run: {error.strerror or error}") from None
     return run
+
+
+def note_resume(run: pathlib.Path, step: int, ranks: int) -> None:
+    """Add to provenance.json under which circumstances a run goes on.
+
+    Args:
+        run: Folder of the run.
+        step: Optimiser steps done.
+        ranks: Number of ranks now.
+    """
+    path = run / "provenance.json"
+    provenance = json.loads(path.read_text())
+    provenance["resumed"].append({"step": step, **_circumstances(ranks)})
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(provenance, indent=1))
 
 
 def save_model(network: ConditionalNetwork, data: PreparedData, path: pathlib.Path) -> None:
@@ -135,6 +147,19 @@ def _new_folder(parent: pathlib.Path, stem: str) -> pathlib.Path:
         except FileExistsError:
             continue
     raise FileExistsError(f"1000 runs named {stem}")
+
+
+def _circumstances(ranks: int) -> dict:
+    """When, how and where this process runs."""
+    return {
+        "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "ranks": ranks,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "gpu": _gpu()},
+    }
 
 
 def _commit() -> str | None:

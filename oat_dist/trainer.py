@@ -96,6 +96,7 @@ def _open_run(
     checkpoint = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep).newest()
     step = checkpoint.step if checkpoint else 0
     keep_metrics_until(run, step)
+    runs.note_resume(run, step, world.ranks)
     print(f"going on with {run} at step {step}")
     return run, checkpoint
 

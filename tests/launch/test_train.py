@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -95,6 +96,31 @@ def test_two_processes_under_the_launcher_make_one_run_with_the_loss_of_one_proc
     # The number of threads differs too. A gradient sign that rounding turns is a jump, so later steps agree less;
     # tests/oat_dist/test_ranks.py shows 1e-3 at equal threads and 1e-9 in float64.
     assert both == pytest.approx(alone, rel=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_run_killed_by_sigkill_goes_on_by_the_same_command_and_ends_bit_identical(single, tmp_path):
+    run, _, settings = single
+    args = ["launch/train.py", *DIGITS, *settings, f"--output_dir={tmp_path}"]
+    victim = subprocess.Popen([sys.executable, *args], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("*/checkpoints/step_*")):
+            assert victim.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
+            time.sleep(0.01)
+    finally:
+        victim.kill()
+        victim.wait()
+    killed = only_run(tmp_path)
+    assert not (killed / "frontier.json").exists()
+    done = command(*args)
+    assert done.returncode == 0, done.stderr
+    assert only_run(tmp_path) == killed and f"going on with {killed} at step" in done.stdout
+    for name in ("metrics.jsonl", "frontier.json", "model.safetensors"):
+        assert (killed / name).read_bytes() == (run / name).read_bytes(), f"{name} differs"
+    (resumed,) = json.loads((killed / "provenance.json").read_text())["resumed"]
+    assert resumed["step"] in (5, 10)
 
 
 def start(main, args, monkeypatch) -> int:
