@@ -1,12 +1,16 @@
 """Entry scripts: parse, build, run, close."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from oat_dist.errors import UserError
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -20,14 +24,21 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_main(main: Callable[[Sequence[str]], None]) -> None:
     """Run an entry script's main with the command line.
 
-    A `UserError` becomes one line on standard error (of the main rank) and exit code 2; anything else is a fault of
-    ours and keeps its traceback. The `--local_rank=N` that DeepSpeed's launcher inserts is dropped: the rank is in the
+    A `UserError`, and a disk that is full or read-only, become one line on standard error (of the main rank) and exit
+    code 2; anything else is a fault of ours and keeps its traceback. The `--local_rank=N` that DeepSpeed's launcher inserts is dropped: the rank is in the
     environment.
     """
     argv = [a for a in sys.argv[1:] if not a.startswith("--local_rank=")]
     try:
         main(argv)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        message = f"{error.filename or 'a file'}: {error.strerror}; make room, then the same command goes on"
+    else:
+        return
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,5 +1,6 @@
 """The entry scripts as a user starts them: what they write, that they repeat, that mistakes cost one line."""
 
+import errno
 import json
 import os
 import pathlib
@@ -206,6 +207,24 @@ def test_a_mistake_found_in_the_data_costs_one_line_exit_code_2_and_writes_nothi
     assert len(errors) == 1 and errors[0].startswith(f"error: {message}")
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.ENOSPC, 2), (errno.EROFS, 2), (errno.EPIPE, None)], ids=["full", "read-only", "another"]
+)
+def test_a_disk_without_room_costs_one_line_and_other_faults_keep_their_traceback(number, code, monkeypatch, capsys):
+    def main(argv):
+        raise OSError(number, os.strerror(number), "runs/x/metrics.jsonl")
+
+    if code is None:
+        with pytest.raises(OSError, match="Broken pipe"):
+            start(main, [], monkeypatch)
+    else:
+        assert start(main, [], monkeypatch) == code
+        said = capsys.readouterr().err
+        assert (
+            said.startswith(f"error: runs/x/metrics.jsonl: {os.strerror(number)}; make room") and said.count("\n") == 1
+        )
 
 
 def test_preparing_data_says_what_it_wrote(tmp_path, monkeypatch, capsys):
