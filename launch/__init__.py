@@ -9,7 +9,6 @@ from typing import NoReturn
 
 from oat_dist.errors import UserError
 
-
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -25,8 +24,8 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
     """Run an entry script's main with the command line.
 
     A `UserError`, and a disk that is full or read-only, become one line on standard error (of the main rank) and exit
-    code 2; anything else is a fault of ours and keeps its traceback. The `--local_rank=N` that DeepSpeed's launcher inserts is dropped: the rank is in the
-    environment.
+    code 2; anything else is a fault of ours and keeps its traceback. The `--local_rank=N` that DeepSpeed's launcher
+    inserts is dropped: the rank is in the environment.
     """
     argv = [a for a in sys.argv[1:] if not a.startswith("--local_rank=")]
     try:
