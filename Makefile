@@ -22,7 +22,10 @@ lint: setup
 	ruff format --check .
 
 bench: setup
-	python benchmarks/train_step.py $(ARGS)
+	python benchmarks/train_step.py --model resnet8
+	python benchmarks/train_step.py --model wrn10_2 --batch-size 64 --rounds 5
+	python benchmarks/loader.py
+	python benchmarks/checkpoint.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis

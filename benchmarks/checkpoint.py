@@ -9,7 +9,6 @@ benchmarks/results/checkpoint_<model>.csv.
 """
 
 import argparse
-import csv
 import pathlib
 import platform
 import statistics
@@ -17,6 +16,7 @@ import tempfile
 import time
 
 import torch
+from table import RESULTS, save
 from train_step import make_batch
 
 from oat_dist.checkpoint import CheckpointStore
@@ -26,7 +26,6 @@ from oat_dist.optim import AveragedNetwork
 from oat_dist.step import training_losses
 
 EPOCH_IMAGES = 45_000
-RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -75,13 +74,7 @@ def main() -> None:
     }
     for key, value in row.items():
         print(f"{key:32} {value}")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"checkpoint_{args.model}.csv"
-    with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, row)
-        writer.writeheader()
-        writer.writerow(row)
-    print(path)
+    save([row], RESULTS / f"checkpoint_{args.model}.csv")
 
 
 if __name__ == "__main__":

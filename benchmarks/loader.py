@@ -10,7 +10,6 @@ Prints a table and writes benchmarks/results/loader.csv.
 """
 
 import argparse
-import csv
 import pathlib
 import platform
 import statistics
@@ -21,12 +20,12 @@ from importlib import metadata
 
 import numpy as np
 import torch
+from table import RESULTS, save
 
 from oat_dist.config import Config, DataConfig, OptimConfig
 from oat_dist.data import PreparedData, TrainLoader, open_prepared, prepare
 from oat_dist.data.ffcv_io import is_installed
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 AUGMENTATIONS = {"pad-4 crop + flip": {"shift_pixels": 4, "flip": True}, "none": {"shift_pixels": 0, "flip": False}}
 
 
@@ -109,12 +108,7 @@ def main() -> None:
     for row in rows:
         print(f"{row['reader']:8} {row['augmentation']:18} {row['images_per_s']:>9,} images/s "
               f"({row['slowest']:,} to {row['fastest']:,}), {row['images_per_s_per_core']:>9,} per core")  # fmt: skip
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, rows[0] | common)
-        writer.writeheader()
-        writer.writerows(row | common for row in rows)
-    print(args.out)
+    save([row | common for row in rows], args.out)
 
 
 if __name__ == "__main__":

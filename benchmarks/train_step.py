@@ -9,8 +9,6 @@ a table and writes benchmarks/results/train_step_<model>.csv.
 """
 
 import argparse
-import csv
-import pathlib
 import platform
 import statistics
 import time
@@ -18,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 from published_step import published, three_call_step
+from table import RESULTS, save
 
 from oat_dist.attacks import evaluation_mode, pgd
 from oat_dist.config import Config, ModelConfig
@@ -26,7 +25,6 @@ from oat_dist.models import MODELS, build_model
 from oat_dist.step import training_losses
 
 SHAPES = {"resnet8": (1, 8, 8), "wrn10_2": (3, 32, 32)}
-RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def make_batch(shape: tuple[int, ...], batch_size: int) -> tuple[Batch, torch.Tensor]:
@@ -113,13 +111,7 @@ def main() -> None:
     }
     for key, value in row.items():
         print(f"{key:24} {value}")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"train_step_{args.model}.csv"
-    with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, row)
-        writer.writeheader()
-        writer.writerow(row)
-    print(path)
+    save([row], RESULTS / f"train_step_{args.model}.csv")
 
 
 if __name__ == "__main__":
