@@ -5,23 +5,25 @@ import json
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from oat_dist.checkpoint import CheckpointStore
 from oat_dist.config import AttackConfig, Config, DataConfig, EngineConfig, EvaluationConfig, OptimConfig
-from oat_dist.data import TrainLoader, open_prepared
+from oat_dist.data import TrainLoader, open_prepared, prepare
 from oat_dist.data.ffcv_io import is_installed
 from oat_dist.trainer import Training
 from tests.ranks import run_ranks
 
-EPOCHS, BATCH = 3, 360  # three steps per epoch
+EPOCHS, BATCH = 3, 32  # three steps per epoch of the small set
 KILLED_AT = 7  # in the third epoch, one step after a checkpoint
 
 
 def make_config(root, *, loader="memory", norm="linf", sync=False, optim=None, validate=0, **engine) -> Config:
     return Config(
-        data=DataConfig(root=root, loader=loader, shift_pixels=1),
+        data=DataConfig(root=root, dataset="small", loader=loader, shift_pixels=1),
         attack=AttackConfig(norm=norm, eps_255=76.5 if norm == "linf" else 300.0, steps=1),
         optim=OptimConfig(**{"batch_size": BATCH, "lr": 0.05, "epochs": EPOCHS, "ema_decay": 0.5} | (optim or {})),
         engine=EngineConfig(sync_statistics=sync, **engine),
@@ -51,7 +53,7 @@ class KilledError(Exception):
 def run(config, world, folder, *, killed_at=None, checkpoint=None):
     """Train in a folder, up to `killed_at` steps if given. Everything a run ends with, or None if it was killed."""
     folder.mkdir(exist_ok=True)
-    data = open_prepared(config.data.root, "digits")
+    data = open_prepared(config.data.root, "small")
     loader = TrainLoader(data, config, rank=world.rank, ranks=world.ranks, device=world.device)
     training = Training(config, data, loader, world=world, run=folder, checkpoint=checkpoint)
     if killed_at is not None:
@@ -100,10 +102,23 @@ def undisturbed_and_killed(world, root, folder):
     return differing
 
 
+@pytest.fixture(scope="module")
+def small_root(digits, tmp_path_factory):
+    """A folder with the first 100 training and 40 other digits, prepared as the data set `small`."""
+    root = tmp_path_factory.mktemp("small")
+    tensors = {split: load_file(digits.file(split, "memory")) for split in ("train", "val", "test")}
+    arrays = {}
+    for split, count in (("train", 100), ("val", 20), ("test", 20)):
+        arrays |= {f"x_{split}": tensors[split]["image"][:count], f"y_{split}": tensors[split]["label"][:count]}
+    np.savez(root / "small.npz", **arrays)
+    prepare(str(root), f"npz:{root / 'small.npz'}")
+    return str(root)
+
+
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
-def differences(request, digits, tmp_path_factory):
+def differences(request, small_root, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("runs"))
-    return run_ranks(undisturbed_and_killed, request.param, str(digits.folder.parent), folder)
+    return run_ranks(undisturbed_and_killed, request.param, small_root, folder)
 
 
 @pytest.mark.dist
@@ -129,7 +144,7 @@ def part(world, root, folder, killed):
     if killed:
         return run(config, world, folder, killed_at=KILLED_AT)
     checkpoint = newest(folder)
-    data = open_prepared(root, "digits")
+    data = open_prepared(root, "small")
     loader = TrainLoader(data, config, rank=world.rank, ranks=world.ranks, device=world.device)
     training = Training(config, data, loader, world=world, run=folder, checkpoint=checkpoint)
     restored = {"network": training.network.state_dict(), "averaged": training.averaged.network.state_dict()}
@@ -144,8 +159,8 @@ def part(world, root, folder, killed):
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_a_run_goes_on_with_another_number_of_ranks(digits, tmp_path, before, after):
-    root, stays, moves = str(digits.folder.parent), tmp_path / "stays", tmp_path / "moves"
+def test_a_run_goes_on_with_another_number_of_ranks(small_root, tmp_path, before, after):
+    root, stays, moves = small_root, tmp_path / "stays", tmp_path / "moves"
     run_ranks(part, before, root, str(stays), True)
     shutil.copytree(stays, moves)
     (expected, *_) = run_ranks(part, before, root, str(stays), False)
