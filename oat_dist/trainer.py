@@ -18,6 +18,7 @@ from oat_dist.evaluation import EvaluationAttack
 from oat_dist.metrics import MetricsWriter, keep_metrics_until
 from oat_dist.models import build_model
 from oat_dist.models.init_from import initialise_from
+from oat_dist.models.network import ConditionalNetwork
 from oat_dist.optim import AveragedNetwork, learning_rate
 from oat_dist.progress import progress_bar
 from oat_dist.resume import RunLock, find_unfinished
@@ -101,6 +102,34 @@ def _open_run(
     return run, checkpoint
 
 
+def starting_network(config: Config, data: PreparedData, checkpoint: Checkpoint | None) -> ConditionalNetwork:
+    """The network that training begins with: of a checkpoint, else from `model.init_from`, else fresh.
+
+    Args:
+        config: Everything about the run.
+        data: Its data set, which gives channels, classes and pixel statistics.
+        checkpoint: Where to go on, or None.
+
+    Returns:
+        The network on the CPU.
+
+    Raises:
+        UserError: The weights do not fit.
+    """
+    network = build_model(
+        config,
+        in_channels=data.image_shape[2],
+        num_classes=len(data.classes),
+        pixel_mean=data.pixel_mean,
+        pixel_std=data.pixel_std,
+    )
+    if checkpoint is not None:
+        load_exactly(network, checkpoint.tensors("network"), checkpoint.folder / "network.safetensors")
+    elif config.model.init_from is not None:
+        initialise_from(network, config.model.init_from)
+    return network
+
+
 class Training:
     """One run while it goes on."""
 
@@ -125,18 +154,7 @@ class Training:
             checkpoint: Where to go on, or None.
         """
         self.config, self.data, self.loader, self.world, self.run = config, data, loader, world, run
-        network = build_model(
-            config,
-            in_channels=data.image_shape[2],
-            num_classes=len(data.classes),
-            pixel_mean=data.pixel_mean,
-            pixel_std=data.pixel_std,
-        )
-        if checkpoint is not None:
-            load_exactly(network, checkpoint.tensors("network"), checkpoint.folder / "network.safetensors")
-        elif config.model.init_from is not None:
-            initialise_from(network, config.model.init_from)
-        self.network = network.to(world.device)
+        self.network = starting_network(config, data, checkpoint).to(world.device)
         # Weights first: DeepSpeed takes its own copies of them. Its optimiser state exists only afterwards.
         self.engine = Engine(self.network, config, world)
         self.averaged = AveragedNetwork(self.network, config.optim.ema_decay) if config.optim.ema_decay else None
