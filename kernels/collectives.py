@@ -11,6 +11,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
+        """Gather in rank order."""
         gathered = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, x.contiguous())
         return torch.stack(gathered)
@@ -18,6 +19,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
+        """Sum over ranks, own part."""
         grad = grad.contiguous()
         dist.all_reduce(grad)
         return grad[dist.get_rank()]

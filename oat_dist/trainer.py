@@ -262,6 +262,7 @@ class _Log:
         self._clean = self._attacked = 0
 
     def add(self, counts: dict[str, Tensor], *, clean: int, attacked: int) -> None:
+        """Add the counts of a micro-batch with so many images, clean and attacked."""
         for name, value in counts.items():
             self._sums[name] = self._sums.get(name, 0) + value.double()
         self._clean += clean

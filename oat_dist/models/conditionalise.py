@@ -117,6 +117,7 @@ class _ToldSite(FiLMDualBN2d):
         self._told = told
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise under the condition of the forward that runs now."""
         if self._told.cond is None:
             raise UserError("network.module: has no lambda when called alone; call network.predict or network(x, cond)")
         return super().forward(x, self._told.cond, relu=False)
