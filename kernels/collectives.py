@@ -1,9 +1,8 @@
-"""Collectives that autograd can differentiate, for statistics shared by all ranks."""
+"""Statistics shared by all ranks: collectives that autograd can differentiate any number of times, and Chan's merge."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class _AllGather(torch.autograd.Function):
@@ -17,12 +16,29 @@ class _AllGather(torch.autograd.Function):
         return torch.stack(gathered)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         """Sum over ranks, own part."""
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad[dist.get_rank()]
+        return _OwnPartOfSum.apply(grad)
+
+
+class _OwnPartOfSum(torch.autograd.Function):
+    """Sum a stacked tensor over ranks and keep this rank's part: the adjoint of `_AllGather`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        """Reduce a copy, take the own part."""
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x[dist.get_rank()].clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        """Gather."""
+        return _AllGather.apply(grad)
+
+
+def _has_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def all_gather(x: Tensor) -> Tensor:
@@ -34,6 +50,35 @@ def all_gather(x: Tensor) -> Tensor:
     Returns:
         [R, *x.shape], in rank order.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return x[None]
-    return _AllGather.apply(x)
+    return _AllGather.apply(x) if _has_ranks() else x[None]
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum of `x` over ranks, a new tensor; not differentiable. Every rank must call."""
+    x = x.clone()
+    if _has_ranks():
+        dist.all_reduce(x)
+    return x
+
+
+def merge_ranks(count_S: Tensor, mean_SC: Tensor, m2_SC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, mean, M2) of all ranks together, from one gathered tensor, merged in rank order.
+
+    Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance" (1983), equation 2.1. Every rank must call,
+    also with empty segments.
+
+    Args:
+        count_S: Number of values per segment.
+        mean_SC: Means.
+        m2_SC: Sums of squared deviations.
+
+    Returns:
+        The same three over all ranks.
+    """
+    channels = mean_SC.shape[1]
+    gathered_RSX = all_gather(torch.cat((count_S[:, None], mean_SC, m2_SC), 1))
+    count_RS1, mean_RSC, m2_RSC = gathered_RSX.split((1, channels, channels), 2)
+    total_S1 = count_RS1.sum(0)
+    mean_SC = (count_RS1 * mean_RSC).sum(0) / total_S1.clamp(min=1)
+    m2_SC = (m2_RSC + count_RS1 * (mean_RSC - mean_SC).square()).sum(0)
+    return total_S1[:, 0].detach(), mean_SC, m2_SC

@@ -1,4 +1,4 @@
-"""Public operators: argument checks, choice of backend, running statistics.
+"""Public operators: choice of backend and form (eager or registered), running statistics.
 
 `film_dual_bn` is one normalisation site of a network in training or evaluation; `modulate` is the same site once its
 statistics are constants (attack steps, test time). Formulas: `kernels.reference`.
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels import torch_backend
-
-_BACKENDS = ("auto", "torch")
+from kernels import operators, registered
+from kernels.checks import check_modulate, check_site, choose_backend, in_channels_last
+from kernels.torch_backend import accumulator, rows_of_groups
 
 
 def film_dual_bn(
@@ -33,11 +33,13 @@ def film_dual_bn(
     eps: float = 1e-5,
     sync: bool = False,
     backend: str = "auto",
+    site: str = "film_dual_bn",
 ) -> Tensor:
     """Y = act( FiLM( DualBN(x) ) + residual ).
 
     Args:
-        x: [N, C, H, W], float64, float32, bfloat16 or float16. Statistics are float32 (float64 for float64 input).
+        x: [N, C, H, W], float64, float32, bfloat16 or float16, contiguous in channels_last; another layout is converted
+            with a warning. Statistics are float32 (float64 for float64 input).
         weight: [G, C] affine scale of each norm group.
         bias: [G, C] affine shift of each norm group.
         running_mean: [G, C]; updated in place when `training`.
@@ -53,44 +55,67 @@ def film_dual_bn(
         momentum: Weight of a segment's statistics in the running ones, in [0, 1].
         eps: Added to the variance, > 0.
         sync: Share batch statistics over all ranks of the default process group; every rank must call.
-        backend: "auto" or "torch".
+        backend: "torch" (plain PyTorch), "triton" (an NVIDIA GPU, or a CPU under TRITON_INTERPRET=1), or "auto": triton
+            on a GPU, torch elsewhere.
+        site: Name of this site in messages.
 
     Returns:
-        [N, C, H, W] in the dtype of `x`.
+        [N, C, H, W] in the dtype of `x`, in channels_last.
 
     Raises:
         ValueError: An argument has the wrong shape, dtype, device or range; the message names it.
     """
-    _check_images(x, residual, backend)
-    num_groups = len(weight) if weight.dim() == 2 else 0
-    for name, tensor in (
-        ("weight", weight),
-        ("bias", bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-    ):
-        _check_shape(name, tensor, (num_groups, x.shape[1]), x)
-    _check_index("segment", segment, len(group_of_segment), x)
-    if not all(0 <= g < num_groups for g in group_of_segment):
-        raise ValueError(f"group_of_segment={tuple(group_of_segment)}: every group must lie in [0, {num_groups})")
-    if not eps > 0:
-        raise ValueError(f"eps={eps}: must be > 0")
-    _check_film(film_scale, film_shift, film_row, x)
-
-    acc = torch_backend.accumulator(x.dtype)
-    if training:
-        count_S, mean_SC, var_SC = torch_backend.segment_statistics(
-            x.to(acc), segment, len(group_of_segment), sync=sync
-        )
-        torch_backend.update_running(running_mean, running_var, count_S, mean_SC, var_SC, group_of_segment, momentum)
-    else:
-        mean_SC, var_SC = (
-            torch_backend.rows_of_groups(r.detach(), group_of_segment).to(acc) for r in (running_mean, running_var)
-        )
-    return torch_backend.forward(
-        x, weight, bias, mean_SC, var_SC, segment=segment, group_of_segment=group_of_segment, film_scale=film_scale,
-        film_shift=film_shift, film_row=film_row, residual=residual, relu=relu, eps=eps,
+    check_site(
+        x, weight, bias, running_mean, running_var, segment, group_of_segment, film_scale, film_shift, film_row,
+        residual, momentum, eps,
     )  # fmt: skip
+    backend = choose_backend(backend, x, len(group_of_segment))
+    x, residual = in_channels_last(x, residual, site)
+    if not training:
+        scale_NC, shift_NC = _folded(
+            x, weight, bias, running_mean, running_var, segment, group_of_segment, film_scale, film_shift, film_row, eps
+        )
+        own_row_N = torch.arange(len(x), device=x.device)
+        return _modulate(x, scale_NC, shift_NC, residual, own_row_N, relu, backend)
+    is_traced = torch.compiler.is_compiling()
+    run = registered.film_dual_bn if is_traced else operators.FusedSite.apply
+    groups = list(group_of_segment)
+    y, mean_SC, var_SC, count_S = run(
+        x, weight, bias, film_scale, film_shift, residual, segment, film_row, groups, relu, eps, sync, backend
+    )
+    with torch.no_grad():
+        if is_traced:
+            registered.update_running(running_mean, running_var, count_S, mean_SC, var_SC, groups, momentum, backend)
+        else:
+            update = operators.passes(backend).update_running
+            update(running_mean, running_var, count_S, mean_SC, var_SC, groups, momentum)
+    return y
+
+
+def _folded(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    segment: Tensor,
+    group_of_segment: Sequence[int],
+    film_scale: Tensor | None,
+    film_shift: Tensor | None,
+    film_row: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Running statistics, affine parameters and FiLM as one (scale_NC, shift_NC), differentiable."""
+    acc = accumulator(x.dtype)
+    weight_SC, bias_SC, mean_SC, var_SC = (
+        rows_of_groups(t, group_of_segment).to(acc) for t in (weight, bias, running_mean.detach(), running_var.detach())
+    )
+    a_SC = weight_SC * torch.rsqrt(var_SC + eps)
+    scale_NC, shift_NC = (t.index_select(0, segment) for t in (a_SC, bias_SC - mean_SC * a_SC))
+    if film_scale is not None:
+        film_scale_NC, film_shift_NC = (t.to(acc).index_select(0, film_row) for t in (film_scale, film_shift))
+        scale_NC, shift_NC = film_scale_NC * scale_NC, film_scale_NC * shift_NC + film_shift_NC
+    return scale_NC, shift_NC
 
 
 def modulate(
@@ -102,64 +127,33 @@ def modulate(
     residual: Tensor | None = None,
     relu: bool = True,
     backend: str = "auto",
+    site: str = "modulate",
 ) -> Tensor:
     """Y = act(scale[row] * x + shift[row] + residual): a normalisation site whose statistics are constants.
 
     Args:
-        x: [N, C, H, W], any float dtype.
+        x: [N, C, H, W], any float dtype, contiguous in channels_last; another layout is converted with a warning.
         scale: [L, C].
         shift: [L, C].
         row: [N] int32 or int64 in [0, L).
         residual: [N, C, H, W] or None.
         relu: ReLU (True) or identity.
-        backend: "auto" or "torch".
+        backend: As in `film_dual_bn`.
+        site: Name of this site in messages.
 
     Returns:
-        [N, C, H, W] in the dtype of `x`.
+        [N, C, H, W] in the dtype of `x`, in channels_last.
 
     Raises:
         ValueError: An argument has the wrong shape, dtype, device or range; the message names it.
     """
-    _check_images(x, residual, backend)
-    num_rows = len(scale) if scale.dim() == 2 else 0
-    _check_shape("scale", scale, (num_rows, x.shape[1]), x)
-    _check_shape("shift", shift, (num_rows, x.shape[1]), x)
-    _check_index("row", row, num_rows, x)
-    return torch_backend.modulate(x, scale, shift, row, residual=residual, relu=relu)
+    check_modulate(x, scale, shift, row, residual)
+    x, residual = in_channels_last(x, residual, site)
+    return _modulate(x, scale, shift, residual, row, relu, choose_backend(backend, x, 1))
 
 
-def _check_images(x: Tensor, residual: Tensor | None, backend: str) -> None:
-    if x.dim() != 4 or not x.is_floating_point():
-        raise ValueError(f"x: expected [N, C, H, W] floating point, got {tuple(x.shape)} {x.dtype}")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"residual: expected the shape of x {tuple(x.shape)}, got {tuple(residual.shape)}")
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend={backend!r}: expected one of {', '.join(_BACKENDS)}")
-
-
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    if tuple(tensor.shape) != shape or 0 in shape:
-        raise ValueError(f"{name}: expected shape {shape} with C={x.shape[1]}, got {tuple(tensor.shape)}")
-    if tensor.device != x.device:
-        raise ValueError(f"{name}: expected on {x.device} like x, got {tensor.device}")
-
-
-def _check_index(name: str, index: Tensor, limit: int, x: Tensor) -> None:
-    if tuple(index.shape) != (len(x),) or index.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name}: expected [{len(x)}] int32 or int64, got {tuple(index.shape)} {index.dtype}")
-    if index.device != x.device:
-        raise ValueError(f"{name}: expected on {x.device} like x, got {index.device}")
-    # A GPU would have to be waited for; there index_select itself stops on an index out of range.
-    if index.device.type == "cpu" and len(index) and not 0 <= int(index.min()) <= int(index.max()) < limit:
-        raise ValueError(f"{name}: expected values in [0, {limit}), got {int(index.min())} to {int(index.max())}")
-
-
-def _check_film(scale: Tensor | None, shift: Tensor | None, row: Tensor | None, x: Tensor) -> None:
-    given = [name for name, t in (("film_scale", scale), ("film_shift", shift), ("film_row", row)) if t is not None]
-    if len(given) not in (0, 3):
-        raise ValueError(f"film_scale, film_shift, film_row: give all three or none, got only {', '.join(given)}")
-    if scale is not None:
-        num_rows = len(scale) if scale.dim() == 2 else 0
-        _check_shape("film_scale", scale, (num_rows, x.shape[1]), x)
-        _check_shape("film_shift", shift, (num_rows, x.shape[1]), x)
-        _check_index("film_row", row, num_rows, x)
+def _modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, row: Tensor, relu: bool, backend: str
+) -> Tensor:
+    run = registered.modulate if torch.compiler.is_compiling() else operators.FusedModulate.apply
+    return run(x, scale, shift, residual, row, relu, backend)

@@ -35,7 +35,10 @@ def site_inputs(
     gen = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, at: float = 0.0) -> Tensor:
-        return (torch.randn(*shape, generator=gen, dtype=torch.float64) + at).to(dtype).requires_grad_(True)
+        value = (torch.randn(*shape, generator=gen, dtype=torch.float64) + at).to(dtype)
+        if len(shape) == 4:
+            value = value.contiguous(memory_format=torch.channels_last)
+        return value.requires_grad_(True)
 
     num = len(segments)
     args = {

@@ -9,12 +9,17 @@ from tests.numerics import assert_as_good_as_plain, copy_of, site_inputs
 
 def inputs(dtype: torch.dtype = torch.float64) -> dict:
     gen = torch.Generator().manual_seed(3)
+
+    def images() -> torch.Tensor:
+        value = torch.randn(5, 4, 3, 2, generator=gen, dtype=torch.float64).to(dtype)
+        return value.contiguous(memory_format=torch.channels_last).requires_grad_(True)
+
     return {
-        "x": torch.randn(5, 4, 3, 2, generator=gen, dtype=torch.float64).to(dtype).requires_grad_(True),
+        "x": images(),
         "scale": torch.randn(3, 4, generator=gen, dtype=torch.float64).to(dtype),
         "shift": torch.randn(3, 4, generator=gen, dtype=torch.float64).to(dtype),
         "row": torch.tensor([2, 0, 1, 1, 0]),
-        "residual": torch.randn(5, 4, 3, 2, generator=gen, dtype=torch.float64).to(dtype).requires_grad_(True),
+        "residual": images(),
     }
 
 

@@ -33,11 +33,36 @@ def both(world, shares: list[list[int]]) -> dict:
     return compute(world, shares[world.rank], True)
 
 
+def compute_penalty(world, images: list[int], sync: bool) -> dict:
+    """Gradients of a squared input gradient, as local linearity and gradient alignment need them."""
+    args = arguments(images)
+    y = film_dual_bn(**args, sync=sync)
+    upstream = torch.randn(len(SEGMENTS), *y.shape[1:], generator=torch.Generator().manual_seed(5), dtype=y.dtype)
+    (slope,) = torch.autograd.grad((y.square() * upstream[images]).sum(), args["x"], create_graph=True)
+    slope.square().sum().backward()
+    return {f"grad {name}": leaf.grad for name, leaf in leaves(args).items()}
+
+
+def both_penalties(world, shares: list[list[int]]) -> dict:
+    return compute_penalty(world, shares[world.rank], True)
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
 def test_two_processes_equal_one_with_the_joined_batch(shares):
     joined = compute(None, list(range(len(SEGMENTS))), False)
-    parts = run_ranks(both, 2, shares)
+    assert_parts_make_whole(joined, run_ranks(both, 2, shares), shares)
+
+
+@pytest.mark.dist
+def test_gradients_of_gradients_over_two_processes_equal_one_with_the_joined_batch():
+    shares = SHARES["a segment only on one rank"]
+    joined = compute_penalty(None, list(range(len(SEGMENTS))), False)
+    assert joined["grad weight"].abs().max() > 0
+    assert_parts_make_whole(joined, run_ranks(both_penalties, 2, shares), shares)
+
+
+def assert_parts_make_whole(joined: dict, parts: list[dict], shares: list[list[int]]) -> None:
     for name, expected in joined.items():
         if name in ("y", "grad x", "grad residual"):
             got = torch.empty_like(expected)

@@ -242,7 +242,7 @@ def test_no_operator_of_the_step_makes_the_host_wait_for_the_device(monkeypatch)
     lam = torch.tensor([0, 0.1, 1, 1], dtype=torch.float64)
     cond = network.condition(lam)
     monkeypatch.setattr(type(network), "condition", lambda self, lam_N: cond)
-    monkeypatch.setattr(sys.modules["kernels.film_dual_bn"], "_check_index", lambda *a: None)
+    monkeypatch.setattr(sys.modules["kernels.checks"], "_check_index", lambda *a: None)
     with _NoWaiting():
         losses = training_losses(network, batch, lam, config=config, epoch=0, forward=network)
         losses.loss_N.sum().backward()
