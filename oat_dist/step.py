@@ -52,10 +52,10 @@ def training_losses(
     Returns:
         Per-image losses and counts.
     """
-    x, label_N = batch.image_NCHW, batch.label_N
+    x, label_N = batch.image_NCHW.contiguous(memory_format=torch.channels_last), batch.label_N
     cond = network.condition(lam_N)
     attacked = slice(cond.num_zero, None)
-    frozen = network.freeze(cond).images(attacked)
+    frozen = network.freeze(cond, dtype=_attack_dtype(config.engine.precision)).images(attacked)
     x_adv = attack_images(
         network, frozen, x[attacked], label_N[attacked], batch.index_N[attacked], config=config, epoch=epoch
     )
@@ -113,7 +113,7 @@ def attack_images(
     key = None
     if cfg.random_start:
         key = draw_keys(config.seed, "random start", epoch, index.to(x.device, non_blocking=True))
-    with evaluation_mode(network), autocast(x.device, config.engine.precision):
+    with evaluation_mode(network), _attack_autocast(x.device, config.engine.precision):
         return pgd(
             lambda images: network.attack_logits(images, frozen),
             x,
@@ -126,8 +126,14 @@ def attack_images(
         )
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+def _attack_dtype(precision: str) -> torch.dtype | None:
+    """What the frozen weights are cast to, once per step; None keeps theirs."""
+    return torch.bfloat16 if precision == "bf16" else None
+
+
+def _attack_autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """bfloat16 autocast for `bf16`, nothing for `fp32`."""
     if precision == "bf16":
-        return torch.autocast(device.type, torch.bfloat16)
+        # The cache would only hold on to a copy of every iterate: the weights have the right dtype.
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
     return contextlib.nullcontext()

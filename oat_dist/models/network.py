@@ -8,6 +8,9 @@
 A subclass builds its layers from `_conv`, `_norm` and `nn.Linear`, then calls `_number_sites`, and defines
 `_logits(x, cond)`, which gets the images after pixel normalisation.
 
+Images are made channels last in memory, as the operators of `kernels` want them; so are the convolution weights of
+`build_model` and those of a frozen network. Files hold plain tensors; loading keeps the layout that is there.
+
 Letters: N images, C channels, L distinct lambdas, K classes in logits_NK.
 """
 
@@ -64,6 +67,7 @@ class ConditionalNetwork(nn.Module):
 
     def forward(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
         """Logits [N, K] of images [N, C, H, W] in [0, 1]."""
+        x = x.contiguous(memory_format=torch.channels_last)
         if self.pixel_mean is not None:
             x = (x - self.pixel_mean[:, None, None]) / self.pixel_std[:, None, None]
         return self._logits(x, cond)
@@ -126,10 +130,19 @@ class ConditionalNetwork(nn.Module):
         return tuple(films)
 
     @torch.no_grad()
-    def freeze(self, cond: Condition) -> Frozen:
-        """The network under a condition as constants, at its current running statistics."""
+    def freeze(self, cond: Condition, *, dtype: torch.dtype | None = None) -> Frozen:
+        """The network under a condition as constants, at its current running statistics.
+
+        Args:
+            cond: Condition of the images.
+            dtype: What weights outside the sites are cast to, once instead of in every forward under autocast, which
+                keeps no casts of tensors without a gradient. The folded sites stay as exact as they are.
+
+        Returns:
+            The network; its convolution weights are channels last, whatever they became in an optimiser.
+        """
         inside = {id(p) for site in self.sites for p in site.parameters()}
-        weights = {name: p.detach() for name, p in self.named_parameters() if id(p) not in inside}
+        weights = {name: _laid_out(p, dtype) for name, p in self.named_parameters() if id(p) not in inside}
         return Frozen(row_N=cond.row_N, affines=tuple(site.fold(cond) for site in self.sites), weights=weights)
 
     def attack_logits(self, x: Tensor, frozen: Frozen) -> Tensor:
@@ -142,3 +155,9 @@ class ConditionalNetwork(nn.Module):
         """Logits [N, K] of images in [0, 1] at one lambda or one per image, with running statistics."""
         lam_N = torch.as_tensor(lam, dtype=torch.float64).expand(len(x))
         return self.attack_logits(x, self.freeze(self.condition(lam_N)))
+
+
+def _laid_out(parameter: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A detached parameter in a dtype, channels last where it has four dimensions; no copy if it is so already."""
+    layout = torch.channels_last if parameter.dim() == 4 else torch.contiguous_format
+    return parameter.detach().to(dtype=dtype or parameter.dtype, memory_format=layout)
