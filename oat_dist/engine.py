@@ -161,7 +161,7 @@ class Engine:
     def _scalar_state(self) -> dict[str, Tensor]:
         """State that all parameters share: AdamW's number of steps."""
         inner = self._optimizer.optimizer if self.config.engine.zero_stage else self._optimizer
-        first = next(iter(inner.state.values()))
+        first = next(iter(inner.state.values()), {})  # sgd without momentum has none
         return {"step": first["step"]} if "step" in first else {}
 
 

@@ -13,6 +13,7 @@ from oat_dist.config import Config, to_dict
 from oat_dist.data import PreparedData, TrainLoader
 from oat_dist.data.sources import SOURCES
 from oat_dist.distributed import World
+from oat_dist.divergence import LossWatch, require_finite
 from oat_dist.engine import Engine, deepspeed_config
 from oat_dist.evaluation import EvaluationAttack
 from oat_dist.metrics import MetricsWriter, keep_metrics_until
@@ -39,6 +40,7 @@ def train(config: Config, world: World) -> pathlib.Path:
 
     Raises:
         UserError: The configuration asks for something that is not there or cannot be.
+        NonFiniteError: A loss or a weight stopped being finite; on every rank.
     """
     data = world.on_main(lambda: open_data(config))
     loader = TrainLoader(data, config, rank=world.rank, ranks=world.ranks, device=world.device)
@@ -159,7 +161,7 @@ class Training:
         self.engine = Engine(self.network, config, world)
         self.averaged = AveragedNetwork(self.network, config.optim.ema_decay) if config.optim.ema_decay else None
         self.store = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep)
-        self.log = _Log(world)
+        self.log, self.watch = _Log(world), LossWatch(world)
         self.validator = Validator(config, data, world=world, run=run) if config.evaluation.interval_epochs else None
         self.step = 0
         if checkpoint is not None:
@@ -189,6 +191,7 @@ class Training:
                 for at, micro_batches in enumerate(loader.epoch(epoch, first_step), start=first_step):
                     self._take_step(sampler, micro_batches, epoch, at, learning_rate(config.optim, self.step, total))
                     if self.step % config.logging.interval_steps == 0 or self.step == total:
+                        self.watch.check(self._last_good)
                         lr = learning_rate(config.optim, self.step - 1, total)
                         values, images = self.log.flush()
                         metrics.write(self.step, {"epoch": epoch, "lr": lr, **values}, images=images)
@@ -204,6 +207,7 @@ class Training:
         final = self.best_so_far
         if self.validator is not None:
             self.validator.load_best(final)
+        self._require_finite({"model": final.state_dict()})
         if self.world.is_main:
             runs.save_model(final, self.data, self.run / "model.safetensors")
         return final
@@ -216,6 +220,7 @@ class Training:
                 self.network, batch, lam_N, config=self.config, epoch=epoch, forward=self.engine.forward
             )
             self.engine.backward_and_step(losses.loss_N, lr)
+            self.watch.add(self.step + 1, losses.loss_N, lam_N)
             self.log.add(losses.counts, clean=len(lam_N), attacked=int((lam_N > 0).sum()))
         if self.averaged is not None:
             self.averaged.update(self.step)
@@ -228,6 +233,8 @@ class Training:
         saves = done % self.config.checkpoint.interval_epochs == 0 or is_last
         if validates or saves:
             self.world.average_running_statistics([self.network] + ([self.averaged.network] if self.averaged else []))
+            self.watch.check(self._last_good)
+            self._require_finite(self._networks())
         if validates:
             metrics.write(self.step, self.validator.measure(self.best_so_far, self.step))
         if saves:
@@ -236,11 +243,24 @@ class Training:
     def _save(self) -> None:
         """Hand everything to the checkpoint store; every rank takes part in gathering."""
         state = {"step": self.step, "log": self.log.collapse(), "config": to_dict(self.config)}
-        parts = {"network": self.network.state_dict(), "optimizer": self.engine.optimizer_state()}
-        if self.averaged is not None:
-            parts["averaged"] = self.averaged.network.state_dict()
+        optimizer = {"optimizer": self.engine.optimizer_state()}
+        self._require_finite(optimizer)
         if self.world.is_main:
-            self.store.save(state, parts)
+            self.store.save(state, self._networks() | optimizer)
+
+    def _networks(self) -> dict[str, dict[str, Tensor]]:
+        """States of the trained network and, where there is one, of the average."""
+        networks = {"network": self.network, "averaged": self.averaged and self.averaged.network}
+        return {name: network.state_dict() for name, network in networks.items() if network is not None}
+
+    def _require_finite(self, parts: dict[str, dict[str, Tensor]]) -> None:
+        """Nothing that is not finite is written."""
+        require_finite(parts, self.step, world=self.world, last_good=self._last_good)
+
+    def _last_good(self) -> Checkpoint | None:
+        """On the main rank: the newest checkpoint, after the one being written."""
+        self.store.wait()
+        return self.store.newest()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Everything but the weights, which had to be there before the engine."""
