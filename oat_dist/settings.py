@@ -264,6 +264,9 @@ class EngineConfig:
     """Micro-batches per optimiser step."""
     zero_stage: Literal[0, 1, 2] = 0
     """DeepSpeed ZeRO: 1 shards optimiser state over ranks, 2 gradients too."""
+    cuda_graph: bool = True
+    """Run the attack as one recorded CUDA graph where it can be: on a GPU, with shapes that stay the same. Values are
+    the same either way."""
     sync_statistics: bool = False
     """Share batch-norm statistics over ranks in every training forward."""
     threads: int = 0

@@ -9,15 +9,16 @@ Letters: N images, A of them with lambda > 0, K classes.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from oat_dist.attacks import evaluation_mode, pgd
+from oat_dist.attacks import ascend, evaluation_mode, random_start
 from oat_dist.config import Config
 from oat_dist.data import Batch
+from oat_dist.graphed import GraphReplay
 from oat_dist.losses import ROBUST, once_for_all_loss
 from oat_dist.models.condition import Condition, Frozen
 from oat_dist.models.network import ConditionalNetwork
@@ -37,7 +38,14 @@ class StepLosses:
 
 
 def training_losses(
-    network: ConditionalNetwork, batch: Batch, lam_N: Tensor, *, config: Config, epoch: int, forward: Forward
+    network: ConditionalNetwork,
+    batch: Batch,
+    lam_N: Tensor,
+    *,
+    config: Config,
+    epoch: int,
+    forward: Forward,
+    replay: GraphReplay | None = None,
 ) -> StepLosses:
     """Losses of a micro-batch.
 
@@ -48,6 +56,7 @@ def training_losses(
         config: Configuration of the run.
         epoch: Epoch, part of the key of the random starts.
         forward: The training forward, (images, condition) -> logits; the network itself or an engine around it.
+        replay: Runs the attack as one recorded graph; always the same for one network and configuration.
 
     Returns:
         Per-image losses and counts.
@@ -57,8 +66,9 @@ def training_losses(
     attacked = slice(cond.num_zero, None)
     frozen = network.freeze(cond, dtype=_attack_dtype(config.engine.precision)).images(attacked)
     x_adv = attack_images(
-        network, frozen, x[attacked], label_N[attacked], batch.index_N[attacked], config=config, epoch=epoch
-    )
+        network, frozen, x[attacked], label_N[attacked], batch.index_N[attacked], config=config, epoch=epoch,
+        replay=replay,
+    )  # fmt: skip
     if config.model.dropout:
         _seed_dropout(config.seed, epoch, batch.index_N)
     logits = forward(torch.cat((x, x_adv)), cond.joint())
@@ -93,7 +103,15 @@ def _seed_dropout(seed: int, epoch: int, index_N: Tensor) -> None:
 
 
 def attack_images(
-    network: ConditionalNetwork, frozen: Frozen, x: Tensor, label: Tensor, index: Tensor, *, config: Config, epoch: int
+    network: ConditionalNetwork,
+    frozen: Frozen,
+    x: Tensor,
+    label: Tensor,
+    index: Tensor,
+    *,
+    config: Config,
+    epoch: int,
+    replay: GraphReplay | None = None,
 ) -> Tensor:
     """Adversarial partners of images by the attack of the configuration, under its autocast.
 
@@ -105,25 +123,30 @@ def attack_images(
         index: [A] dataset indices on the host, for the keys of the random starts.
         config: Configuration of the run.
         epoch: Part of the key.
+        replay: Runs it as one recorded graph; always the same for one network and configuration.
 
     Returns:
         [A, C, H, W] adversarial images.
     """
     cfg = config.attack
-    key = None
+    if len(x) == 0:
+        return x
+    start = x
     if cfg.random_start:
         key = draw_keys(config.seed, "random start", epoch, index.to(x.device, non_blocking=True))
+        start = random_start(x, key, eps=cfg.eps, norm=cfg.norm)
+
+    def last_iterate(tensors: Sequence[Tensor]) -> Tensor:
+        x, start, label, *constants = tensors
+        told = frozen.with_tensors(constants)
+        return ascend(
+            lambda images: network.attack_logits(images, told), x, start, label,
+            eps=cfg.eps, steps=cfg.steps, step_size=cfg.step_size, norm=cfg.norm,
+        )  # fmt: skip
+
+    tensors = [x, start, label, *frozen.tensors()]
     with evaluation_mode(network), _attack_autocast(x.device, config.engine.precision):
-        return pgd(
-            lambda images: network.attack_logits(images, frozen),
-            x,
-            label,
-            eps=cfg.eps,
-            steps=cfg.steps,
-            step_size=cfg.step_size,
-            norm=cfg.norm,
-            start_key=key,
-        )
+        return last_iterate(tensors) if replay is None else replay(last_iterate, tensors)
 
 
 def _attack_dtype(precision: str) -> torch.dtype | None:

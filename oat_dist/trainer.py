@@ -16,6 +16,7 @@ from oat_dist.distributed import World
 from oat_dist.divergence import LossWatch, require_finite
 from oat_dist.engine import Engine, deepspeed_config
 from oat_dist.evaluation import EvaluationAttack
+from oat_dist.graphed import graph_replay
 from oat_dist.metrics import MetricsWriter, keep_metrics_until
 from oat_dist.models import build_model
 from oat_dist.models.init_from import initialise_from
@@ -161,6 +162,7 @@ class Training:
         self.engine = Engine(self.network, config, world)
         self.averaged = AveragedNetwork(self.network, config.optim.ema_decay) if config.optim.ema_decay else None
         self.store = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep)
+        self.replay = graph_replay(config.engine.cuda_graph, world.device, name="attack")
         self.log, self.watch = _Log(world), LossWatch(world)
         self.validator = Validator(config, data, world=world, run=run) if config.evaluation.interval_epochs else None
         self.step = 0
@@ -217,8 +219,9 @@ class Training:
         for batch in micro_batches:
             lam_N = sampler.draw(epoch, at, batch.position_N, batch.index_N)
             losses = training_losses(
-                self.network, batch, lam_N, config=self.config, epoch=epoch, forward=self.engine.forward
-            )
+                self.network, batch, lam_N, config=self.config, epoch=epoch, forward=self.engine.forward,
+                replay=self.replay,
+            )  # fmt: skip
             self.engine.backward_and_step(losses.loss_N, lr)
             self.watch.add(self.step + 1, losses.loss_N, lam_N)
             self.log.add(losses.counts, clean=len(lam_N), attacked=int((lam_N > 0).sum()))

@@ -6,7 +6,7 @@ attack steps and test time (every site folded to one scale and shift per distinc
 Letters: N images, L distinct lambdas, C channels, S segments.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,6 +61,20 @@ class Frozen:
     def images(self, selection: slice) -> "Frozen":
         """The same network for some of the images."""
         return replace(self, row_N=self.row_N[selection])
+
+    def tensors(self) -> list[Tensor]:
+        """Everything in a fixed order."""
+        return [self.row_N, *(half for pair in self.affines for half in pair), *self.weights.values()]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "Frozen":
+        """The same network made of other tensors, in the order of `tensors`."""
+        row_N, *rest = tensors
+        num_halves = 2 * len(self.affines)
+        return Frozen(
+            row_N=row_N,
+            affines=tuple(zip(rest[:num_halves:2], rest[1:num_halves:2], strict=True)),
+            weights=dict(zip(self.weights, rest[num_halves:], strict=True)),
+        )
 
     def for_row(self, row: int, num_images: int) -> "Frozen":
         """The same network with one distinct lambda for all of `num_images` images."""
