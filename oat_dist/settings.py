@@ -152,6 +152,14 @@ class ConditioningConfig:
         return weights[0] / sum(weights)
 
     @property
+    def mass_at_one(self) -> float:
+        """Probability of lambda = 1."""
+        if self.distribution != "discrete" or self.lambdas[-1] != 1:
+            return 0.0
+        weights = self.weights or (1.0,) * len(self.lambdas)
+        return weights[-1] / sum(weights)
+
+    @property
     def has_codes(self) -> bool:
         """Whether the encoding is a table of codes (onehot, dct, orthogonal) rather than a function of lambda."""
         return self.encoding in ("onehot", "dct", "orthogonal")
@@ -205,6 +213,9 @@ class LossConfig:
     """Robust term L_a: `pgd_at` is the cross-entropy on the adversarial image."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes, in both terms."""
+    clean_at_one: bool = True
+    """Keep clean images with lambda = 1 in the training forward (paper), where their loss has weight 0 and they take
+    part in the batch statistics alone. False leaves them out, which is cheaper and another computation."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -5,7 +5,7 @@ nothing of ranks or optimisers. Given the same adversarial images it equals the 
 adversarial forward, backward) in losses, gradients and running statistics; docs/numerics.md says where the adversarial
 images differ. Nothing here waits for the device.
 
-Letters: N images, A of them with lambda > 0, K classes.
+Letters: N images, A of them with lambda > 0, M of them in the clean part of the joint forward, K classes.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from oat_dist.attacks import ascend, evaluation_mode, random_start
 from oat_dist.config import Config
 from oat_dist.data import Batch
 from oat_dist.graphed import GraphReplay
-from oat_dist.losses import ROBUST, once_for_all_loss
+from oat_dist.losses import once_for_all_loss, robust_term
 from oat_dist.models.condition import Condition, Frozen
 from oat_dist.models.network import ConditionalNetwork
 from oat_dist.random import draw_keys
@@ -35,6 +35,8 @@ class StepLosses:
     """Once-for-all loss of each image, with a graph."""
     counts: dict[str, Tensor]
     """Scalars on the device, to be summed over images, micro-batches and ranks."""
+    num_clean: int
+    """Images that took part clean, over which the clean counts go."""
 
 
 def training_losses(
@@ -71,26 +73,35 @@ def training_losses(
     )  # fmt: skip
     if config.model.dropout:
         _seed_dropout(config.seed, epoch, batch.index_N)
-    logits = forward(torch.cat((x, x_adv)), cond.joint())
+    clean_M = None if config.loss.clean_at_one else _clean_positions(lam_N, x.device)
+    x_clean, clean_label = (x, label_N) if clean_M is None else (x[clean_M], label_N[clean_M])
+    logits = forward(torch.cat((x_clean, x_adv)), cond.joint(clean_M))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    clean_logits, adv_logits = logits.split((len(x), len(x_adv)))
-    loss_N, clean_N, robust_A = once_for_all_loss(
+    clean_logits, adv_logits = logits.split((len(x_clean), len(x_adv)))
+    loss_N, clean_loss_M, robust_A = once_for_all_loss(
         clean_logits,
         adv_logits,
         label_N,
         lam_N.to(logits.device, logits.dtype, non_blocking=True),
-        robust=ROBUST[config.loss.robust],
+        robust=robust_term(config.loss),
         label_smoothing=config.loss.label_smoothing,
+        clean_M=clean_M,
     )
     with torch.no_grad():
         counts = {
             "loss": loss_N.sum(),
-            "loss_clean": clean_N.sum(),
+            "loss_clean": clean_loss_M.sum(),
             "loss_robust": robust_A.sum(),
-            "correct_clean": (clean_logits.argmax(1) == label_N).sum(),
+            "correct_clean": (clean_logits.argmax(1) == clean_label).sum(),
             "correct_robust": (adv_logits.argmax(1) == label_N[attacked]).sum(),
         }
-    return StepLosses(loss_N=loss_N, counts={key: value.detach() for key, value in counts.items()})
+    counts = {key: value.detach() for key, value in counts.items()}
+    return StepLosses(loss_N=loss_N, counts=counts, num_clean=len(x_clean))
+
+
+def _clean_positions(lam_N: Tensor, device: torch.device) -> Tensor:
+    """[M] positions of the images whose clean loss has weight, those with lambda < 1."""
+    return (lam_N < 1).nonzero().flatten().to(device, non_blocking=True)
 
 
 def _seed_dropout(seed: int, epoch: int, index_N: Tensor) -> None:

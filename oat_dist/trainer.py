@@ -17,6 +17,7 @@ from oat_dist.divergence import LossWatch, require_finite
 from oat_dist.engine import Engine, deepspeed_config
 from oat_dist.evaluation import EvaluationAttack
 from oat_dist.graphed import graph_replay
+from oat_dist.losses import robust_term
 from oat_dist.metrics import MetricsWriter, keep_metrics_until
 from oat_dist.models import build_model
 from oat_dist.models.init_from import initialise_from
@@ -25,6 +26,7 @@ from oat_dist.optim import AveragedNetwork, learning_rate
 from oat_dist.progress import progress_bar
 from oat_dist.resume import RunLock, find_unfinished
 from oat_dist.step import training_losses
+from oat_dist.step_log import StepLog
 from oat_dist.validation import Validator
 from oat_dist.weights import load_exactly
 
@@ -43,6 +45,7 @@ def train(config: Config, world: World) -> pathlib.Path:
         UserError: The configuration asks for something that is not there or cannot be.
         NonFiniteError: A loss or a weight stopped being finite; on every rank.
     """
+    robust_term(config.loss)
     data = world.on_main(lambda: open_data(config))
     loader = TrainLoader(data, config, rank=world.rank, ranks=world.ranks, device=world.device)
     lock = RunLock()
@@ -163,7 +166,7 @@ class Training:
         self.averaged = AveragedNetwork(self.network, config.optim.ema_decay) if config.optim.ema_decay else None
         self.store = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep)
         self.replay = graph_replay(config.engine.cuda_graph, world.device, name="attack")
-        self.log, self.watch = _Log(world), LossWatch(world)
+        self.log, self.watch = StepLog(world), LossWatch(world)
         self.validator = Validator(config, data, world=world, run=run) if config.evaluation.interval_epochs else None
         self.step = 0
         if checkpoint is not None:
@@ -224,7 +227,7 @@ class Training:
             )  # fmt: skip
             self.engine.backward_and_step(losses.loss_N, lr)
             self.watch.add(self.step + 1, losses.loss_N, lam_N)
-            self.log.add(losses.counts, clean=len(lam_N), attacked=int((lam_N > 0).sum()))
+            self.log.add(losses.counts, images=len(lam_N), clean=losses.num_clean, robust=int((lam_N > 0).sum()))
         if self.averaged is not None:
             self.averaged.update(self.step)
         self.step += 1
@@ -274,47 +277,3 @@ class Training:
             load_exactly(self.averaged.network, checkpoint.tensors("averaged"), path)
         if self.world.is_main:
             self.log.restore(checkpoint.state["log"])
-
-
-class _Log:
-    """Sums counts on the device between two log steps and turns them into means over all ranks."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self._sums: dict[str, Tensor] = {}
-        self._clean = self._attacked = 0
-
-    def add(self, counts: dict[str, Tensor], *, clean: int, attacked: int) -> None:
-        """Add the counts of a micro-batch with so many images, clean and attacked."""
-        for name, value in counts.items():
-            self._sums[name] = self._sums.get(name, 0) + value.double()
-        self._clean += clean
-        self._attacked += attacked
-
-    def flush(self) -> tuple[dict[str, float], int]:
-        """Means since the last call, and the number of images; here the host waits."""
-        totals = self.collapse()
-        clean, attacked = totals.pop("clean"), totals.pop("attacked")
-        values = {}
-        for name, total in totals.items():
-            number = attacked if name.endswith("robust") else clean
-            values[name.replace("correct", "accuracy")] = total / number if number else 0.0
-        self._sums, self._clean, self._attacked = {}, 0, 0
-        return values, int(clean)
-
-    def collapse(self) -> dict[str, float]:
-        """Sums over ranks since the last flush, which the main rank alone goes on with."""
-        numbers = torch.tensor([self._clean, self._attacked], dtype=torch.float64, device=self.world.device)
-        totals = self.world.sum(torch.cat((*(s.view(1) for s in self._sums.values()), numbers))).tolist()
-        totals = dict(zip([*self._sums, "clean", "attacked"], totals, strict=True))
-        self.restore(totals if self.world.is_main else dict.fromkeys(totals, 0.0))
-        return totals
-
-    def restore(self, totals: dict[str, float]) -> None:
-        """Go on from sums that `collapse` gave."""
-        self._sums = {
-            name: torch.tensor(value, dtype=torch.float64, device=self.world.device)
-            for name, value in totals.items()
-            if name not in ("clean", "attacked")
-        }
-        self._clean, self._attacked = int(totals["clean"]), int(totals["attacked"])

@@ -34,16 +34,23 @@ class Condition:
     sync: bool = False
     """Share batch statistics over all ranks."""
 
-    def joint(self) -> "Condition":
-        """The condition of cat(clean images, adversarial partners of those with lambda > 0)."""
+    def joint(self, clean_M: Tensor | None = None) -> "Condition":
+        """The condition of cat(clean images, adversarial partners of those with lambda > 0).
+
+        Args:
+            clean_M: [M] int64 positions of the clean images that take part, increasing; None: all.
+        """
         if not self.zeros_first:
             raise ValueError("lam: images with lambda = 0 must come first in a batch that gets adversarial partners")
         partner_row = self.row_N[self.num_zero :]
+        row, segment = self.row_N, self.segment_N
+        if clean_M is not None:
+            row, segment = row.index_select(0, clean_M), segment.index_select(0, clean_M)
         adversarial = torch.full_like(self.segment_N[self.num_zero :], len(self.group_of_segment) - 1)
         return replace(
             self,
-            row_N=torch.cat((self.row_N, partner_row)),
-            segment_N=torch.cat((self.segment_N, adversarial)),
+            row_N=torch.cat((row, partner_row)),
+            segment_N=torch.cat((segment, adversarial)),
         )
 
 
