@@ -94,6 +94,9 @@ class Engine:
         # ZeRO 1 and 2 made the weights slices of flat buffers, which must stay.
         if config.engine.zero_stage == 0:
             network.to(memory_format=torch.channels_last)
+        # In place: a wrapper would put its own prefix before every name of the state.
+        if config.engine.compile:
+            network.compile()
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:
         """The training forward, under DeepSpeed's autocast."""

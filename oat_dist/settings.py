@@ -270,7 +270,8 @@ class EngineConfig:
     """How a step is spread over memory and ranks."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16` runs attack and training forward under bfloat16 autocast; parameters stay float32."""
+    """`bf16` runs attack and training forward under bfloat16 autocast; parameters, FiLM, statistics, losses and the
+    attack's iterates stay float32."""
     accumulation: int = 1
     """Micro-batches per optimiser step."""
     zero_stage: Literal[0, 1, 2] = 0
@@ -278,6 +279,9 @@ class EngineConfig:
     cuda_graph: bool = True
     """Run the attack as one recorded CUDA graph where it can be: on a GPU, with shapes that stay the same. Values are
     the same either way."""
+    compile: bool = False
+    """Run the network's forward through torch.compile, in training and attack; the first steps take minutes. Needs a
+    C++ compiler on a CPU."""
     sync_statistics: bool = False
     """Share batch-norm statistics over ranks in every training forward."""
     threads: int = 0

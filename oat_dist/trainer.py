@@ -8,6 +8,7 @@ from torch import Tensor
 from oat_dist import data as data_sets
 from oat_dist import report, runs
 from oat_dist.checkpoint import Checkpoint, CheckpointStore
+from oat_dist.compilation import require_compiler
 from oat_dist.conditioning import LambdaSampler
 from oat_dist.config import Config, to_dict
 from oat_dist.data import PreparedData, TrainLoader
@@ -46,6 +47,8 @@ def train(config: Config, world: World) -> pathlib.Path:
         NonFiniteError: A loss or a weight stopped being finite; on every rank.
     """
     robust_term(config.loss)
+    if config.engine.compile:
+        require_compiler(world.device)
     data = world.on_main(lambda: open_data(config))
     loader = TrainLoader(data, config, rank=world.rank, ranks=world.ranks, device=world.device)
     lock = RunLock()
