@@ -44,6 +44,7 @@ class FiLMDualBN2d(nn.Module):
 
     def forward(self, x: Tensor, cond: Condition | Frozen, residual: Tensor | None = None, relu: bool = True) -> Tensor:
         """Normalise [N, C, H, W] under a condition; in training mode the running statistics move."""
+        # The operators' `site` keyword, the name of a site in their warnings, goes into both calls once they have it.
         if isinstance(cond, Frozen):
             scale_LC, shift_LC = cond.affines[self.index]
             return modulate(x, scale_LC, shift_LC, cond.row_N, residual=residual, relu=relu)
