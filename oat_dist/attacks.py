@@ -101,15 +101,50 @@ def pgd(
         raise ValueError(f"norm={norm!r}: expected one of {', '.join(NORMS)}")
     if not eps >= 0 or steps < 1:
         raise ValueError(f"eps={eps}, steps={steps}: expected eps >= 0 and steps >= 1")
-    geometry = NORMS[norm]
     step_size = default_step_size(eps, steps) if step_size is None else step_size
     x = x.detach()
-    x_adv = x
     if len(x) == 0:
-        return x_adv
-    if start_key is not None:
-        start = geometry.start(start_key, tuple(x.shape[1:])).to(x.dtype)
-        x_adv = (x + eps * start).clamp(0, 1)
+        return x
+    start = x if start_key is None else random_start(x, start_key, eps=eps, norm=norm)
+    return ascend(
+        logits_fn, x, start, label, eps=eps, steps=steps, step_size=step_size, norm=norm, objective=objective
+    )  # fmt: skip
+
+
+def random_start(x: Tensor, key: Tensor, *, eps: float, norm: str) -> Tensor:
+    """[N, C, H, W] uniform random points of the ball around images, within [0, 1], from [N] keys."""
+    return (x + eps * NORMS[norm].start(key, tuple(x.shape[1:])).to(x.dtype)).clamp(0, 1)
+
+
+def ascend(
+    logits_fn: Callable[[Tensor], Tensor],
+    x: Tensor,
+    start: Tensor,
+    label: Tensor,
+    *,
+    eps: float,
+    steps: int,
+    step_size: float,
+    norm: str,
+    objective: Objective = cross_entropy_sum,
+) -> Tensor:
+    """The loop of `pgd`, from the first iterate to the last: a function of its tensors that waits for nothing.
+
+    Args:
+        logits_fn: As in `pgd`.
+        x: [N, C, H, W] images in [0, 1], the centres of the balls.
+        start: [N, C, H, W] first iterate.
+        label: [N] int64 classes.
+        eps: Radius of the ball.
+        steps: Gradient steps.
+        step_size: Length of a step.
+        norm: One of `NORMS`.
+        objective: What is made large.
+
+    Returns:
+        [N, C, H, W] last iterate, detached.
+    """
+    geometry, x_adv = NORMS[norm], start
     for _ in range(steps):
         with torch.enable_grad():
             x_adv = x_adv.detach().requires_grad_(True)

@@ -7,6 +7,8 @@ forward one. With PGD of k steps and attacked share a = 1 - P(lambda = 0), an im
     a * k * (1 + 1)     the attack of its partner
     (1 + a) * (1 + 2)   training forward and backward of itself and its partner
 
+With loss.clean_at_one=false the share of lambda = 1 does not go through the latter itself: (1 + a - P(lambda = 1)) * 3.
+
 FLOPs are 2 per multiply-add of convolutions and the classifier. Norms, activations and the FiLM generators, which run
 once per step on the distinct lambdas, are left out, as is the evaluation at the end.
 """
@@ -94,12 +96,13 @@ def training_cost(
     plain = dataclasses.replace(config, conditioning=plain_conditioning)
     networks = [build_model(c, in_channels=in_channels, num_classes=num_classes) for c in (config, plain)]
     attacked = 1 - config.conditioning.mass_at_zero
+    clean = 1 if config.loss.clean_at_one else 1 - config.conditioning.mass_at_one
     batches = config.optim.epochs * (num_train_images // config.optim.batch_size)
     return TrainingCost(
         parameters=_num_parameters(networks[0]),
         plain_parameters=_num_parameters(networks[1]),
         forward_flops=forward_flops(networks[0], (in_channels, *image_size)),
-        units_per_image=attacked * config.attack.steps * 2 + (1 + attacked) * 3,
+        units_per_image=attacked * config.attack.steps * 2 + (clean + attacked) * 3,
         images=batches * config.optim.batch_size,
     )
 

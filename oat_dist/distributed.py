@@ -39,6 +39,13 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def smallest(self, values: Tensor) -> Tensor:
+        """The elementwise minimum over ranks of a tensor on the device; every rank must call."""
+        values = values.clone()
+        if self.ranks > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MIN)
+        return values
+
     def on_main(self, work: Callable[[], T]) -> T:
         """Run `work` on the main rank and give its result, or raise its error, on every rank."""
         if self.ranks == 1:

@@ -84,11 +84,19 @@ class Engine:
             world: From `init_world`.
         """
         self.config, self.world, self._network = config, world, network
+        # DeepSpeed sends the weights of rank 0 as raw bytes, which takes plain memory.
+        network.to(memory_format=torch.contiguous_format)
         self._engine, self._optimizer, _, _ = _import_deepspeed().initialize(
             model=network,
             optimizer=build_optimizer(network.parameters(), config.optim),
             config=deepspeed_config(config, world.ranks),
         )
+        # ZeRO 1 and 2 made the weights slices of flat buffers, which must stay.
+        if config.engine.zero_stage == 0:
+            network.to(memory_format=torch.channels_last)
+        # In place: a wrapper would put its own prefix before every name of the state.
+        if config.engine.compile:
+            network.compile()
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:
         """The training forward, under DeepSpeed's autocast."""
@@ -140,7 +148,8 @@ class Engine:
                 if self.config.engine.zero_stage:
                     parameter.set_full_hp_param(value, key)
                 else:
-                    self._optimizer.state[parameter] |= {key: value.clone()} | {
+                    laid_out = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                    self._optimizer.state[parameter] |= {key: laid_out} | {
                         name: value.clone() for name, value in scalars.items()
                     }
 
@@ -155,7 +164,7 @@ class Engine:
     def _scalar_state(self) -> dict[str, Tensor]:
         """State that all parameters share: AdamW's number of steps."""
         inner = self._optimizer.optimizer if self.config.engine.zero_stage else self._optimizer
-        first = next(iter(inner.state.values()))
+        first = next(iter(inner.state.values()), {})  # sgd without momentum has none
         return {"step": first["step"]} if "step" in first else {}
 
 

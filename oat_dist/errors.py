@@ -8,6 +8,10 @@ class UserError(ValueError):
     """
 
 
+class NonFiniteError(UserError):
+    """Training met a loss or a weight that is not finite, and stopped; the settings ask for too much."""
+
+
 def require(condition: bool, key: str, value: object, expected: str) -> None:
     """Raise UserError("key=value: expected") unless `condition` holds."""
     if not condition:

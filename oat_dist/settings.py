@@ -152,6 +152,14 @@ class ConditioningConfig:
         return weights[0] / sum(weights)
 
     @property
+    def mass_at_one(self) -> float:
+        """Probability of lambda = 1."""
+        if self.distribution != "discrete" or self.lambdas[-1] != 1:
+            return 0.0
+        weights = self.weights or (1.0,) * len(self.lambdas)
+        return weights[-1] / sum(weights)
+
+    @property
     def has_codes(self) -> bool:
         """Whether the encoding is a table of codes (onehot, dct, orthogonal) rather than a function of lambda."""
         return self.encoding in ("onehot", "dct", "orthogonal")
@@ -205,6 +213,9 @@ class LossConfig:
     """Robust term L_a: `pgd_at` is the cross-entropy on the adversarial image."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes, in both terms."""
+    clean_at_one: bool = True
+    """Keep clean images with lambda = 1 in the training forward (paper), where their loss has weight 0 and they take
+    part in the batch statistics alone. False leaves them out, which is cheaper and another computation."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -259,11 +270,18 @@ class EngineConfig:
     """How a step is spread over memory and ranks."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16` runs attack and training forward under bfloat16 autocast; parameters stay float32."""
+    """`bf16` runs attack and training forward under bfloat16 autocast; parameters, FiLM, statistics, losses and the
+    attack's iterates stay float32."""
     accumulation: int = 1
     """Micro-batches per optimiser step."""
     zero_stage: Literal[0, 1, 2] = 0
     """DeepSpeed ZeRO: 1 shards optimiser state over ranks, 2 gradients too."""
+    cuda_graph: bool = True
+    """Run the attack as one recorded CUDA graph where it can be: on a GPU, with shapes that stay the same. Values are
+    the same either way."""
+    compile: bool = False
+    """Run the network's forward through torch.compile, in training and attack; the first steps take minutes. Needs a
+    C++ compiler on a CPU."""
     sync_statistics: bool = False
     """Share batch-norm statistics over ranks in every training forward."""
     threads: int = 0

@@ -8,13 +8,17 @@ from torch import Tensor
 from oat_dist import data as data_sets
 from oat_dist import report, runs
 from oat_dist.checkpoint import Checkpoint, CheckpointStore
+from oat_dist.compilation import require_compiler
 from oat_dist.conditioning import LambdaSampler
 from oat_dist.config import Config, to_dict
 from oat_dist.data import PreparedData, TrainLoader
 from oat_dist.data.sources import SOURCES
 from oat_dist.distributed import World
+from oat_dist.divergence import LossWatch, require_finite
 from oat_dist.engine import Engine, deepspeed_config
 from oat_dist.evaluation import EvaluationAttack
+from oat_dist.graphed import graph_replay
+from oat_dist.losses import robust_term
 from oat_dist.metrics import MetricsWriter, keep_metrics_until
 from oat_dist.models import build_model
 from oat_dist.models.init_from import initialise_from
@@ -23,6 +27,7 @@ from oat_dist.optim import AveragedNetwork, learning_rate
 from oat_dist.progress import progress_bar
 from oat_dist.resume import RunLock, find_unfinished
 from oat_dist.step import training_losses
+from oat_dist.step_log import StepLog
 from oat_dist.validation import Validator
 from oat_dist.weights import load_exactly
 
@@ -39,7 +44,11 @@ def train(config: Config, world: World) -> pathlib.Path:
 
     Raises:
         UserError: The configuration asks for something that is not there or cannot be.
+        NonFiniteError: A loss or a weight stopped being finite; on every rank.
     """
+    robust_term(config.loss)
+    if config.engine.compile:
+        require_compiler(world.device)
     data = world.on_main(lambda: open_data(config))
     loader = TrainLoader(data, config, rank=world.rank, ranks=world.ranks, device=world.device)
     lock = RunLock()
@@ -159,7 +168,8 @@ class Training:
         self.engine = Engine(self.network, config, world)
         self.averaged = AveragedNetwork(self.network, config.optim.ema_decay) if config.optim.ema_decay else None
         self.store = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep)
-        self.log = _Log(world)
+        self.replay = graph_replay(config.engine.cuda_graph, world.device, name="attack")
+        self.log, self.watch = StepLog(world), LossWatch(world)
         self.validator = Validator(config, data, world=world, run=run) if config.evaluation.interval_epochs else None
         self.step = 0
         if checkpoint is not None:
@@ -189,6 +199,7 @@ class Training:
                 for at, micro_batches in enumerate(loader.epoch(epoch, first_step), start=first_step):
                     self._take_step(sampler, micro_batches, epoch, at, learning_rate(config.optim, self.step, total))
                     if self.step % config.logging.interval_steps == 0 or self.step == total:
+                        self.watch.check(self._last_good)
                         lr = learning_rate(config.optim, self.step - 1, total)
                         values, images = self.log.flush()
                         metrics.write(self.step, {"epoch": epoch, "lr": lr, **values}, images=images)
@@ -204,6 +215,7 @@ class Training:
         final = self.best_so_far
         if self.validator is not None:
             self.validator.load_best(final)
+        self._require_finite({"model": final.state_dict()})
         if self.world.is_main:
             runs.save_model(final, self.data, self.run / "model.safetensors")
         return final
@@ -213,10 +225,12 @@ class Training:
         for batch in micro_batches:
             lam_N = sampler.draw(epoch, at, batch.position_N, batch.index_N)
             losses = training_losses(
-                self.network, batch, lam_N, config=self.config, epoch=epoch, forward=self.engine.forward
-            )
+                self.network, batch, lam_N, config=self.config, epoch=epoch, forward=self.engine.forward,
+                replay=self.replay,
+            )  # fmt: skip
             self.engine.backward_and_step(losses.loss_N, lr)
-            self.log.add(losses.counts, clean=len(lam_N), attacked=int((lam_N > 0).sum()))
+            self.watch.add(self.step + 1, losses.loss_N, lam_N)
+            self.log.add(losses.counts, images=len(lam_N), clean=losses.num_clean, robust=int((lam_N > 0).sum()))
         if self.averaged is not None:
             self.averaged.update(self.step)
         self.step += 1
@@ -228,6 +242,8 @@ class Training:
         saves = done % self.config.checkpoint.interval_epochs == 0 or is_last
         if validates or saves:
             self.world.average_running_statistics([self.network] + ([self.averaged.network] if self.averaged else []))
+            self.watch.check(self._last_good)
+            self._require_finite(self._networks())
         if validates:
             metrics.write(self.step, self.validator.measure(self.best_so_far, self.step))
         if saves:
@@ -236,11 +252,24 @@ class Training:
     def _save(self) -> None:
         """Hand everything to the checkpoint store; every rank takes part in gathering."""
         state = {"step": self.step, "log": self.log.collapse(), "config": to_dict(self.config)}
-        parts = {"network": self.network.state_dict(), "optimizer": self.engine.optimizer_state()}
-        if self.averaged is not None:
-            parts["averaged"] = self.averaged.network.state_dict()
+        optimizer = {"optimizer": self.engine.optimizer_state()}
+        self._require_finite(optimizer)
         if self.world.is_main:
-            self.store.save(state, parts)
+            self.store.save(state, self._networks() | optimizer)
+
+    def _networks(self) -> dict[str, dict[str, Tensor]]:
+        """States of the trained network and, where there is one, of the average."""
+        networks = {"network": self.network, "averaged": self.averaged and self.averaged.network}
+        return {name: network.state_dict() for name, network in networks.items() if network is not None}
+
+    def _require_finite(self, parts: dict[str, dict[str, Tensor]]) -> None:
+        """Nothing that is not finite is written."""
+        require_finite(parts, self.step, world=self.world, last_good=self._last_good)
+
+    def _last_good(self) -> Checkpoint | None:
+        """On the main rank: the newest checkpoint, after the one being written."""
+        self.store.wait()
+        return self.store.newest()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Everything but the weights, which had to be there before the engine."""
@@ -251,47 +280,3 @@ class Training:
             load_exactly(self.averaged.network, checkpoint.tensors("averaged"), path)
         if self.world.is_main:
             self.log.restore(checkpoint.state["log"])
-
-
-class _Log:
-    """Sums counts on the device between two log steps and turns them into means over all ranks."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self._sums: dict[str, Tensor] = {}
-        self._clean = self._attacked = 0
-
-    def add(self, counts: dict[str, Tensor], *, clean: int, attacked: int) -> None:
-        """Add the counts of a micro-batch with so many images, clean and attacked."""
-        for name, value in counts.items():
-            self._sums[name] = self._sums.get(name, 0) + value.double()
-        self._clean += clean
-        self._attacked += attacked
-
-    def flush(self) -> tuple[dict[str, float], int]:
-        """Means since the last call, and the number of images; here the host waits."""
-        totals = self.collapse()
-        clean, attacked = totals.pop("clean"), totals.pop("attacked")
-        values = {}
-        for name, total in totals.items():
-            number = attacked if name.endswith("robust") else clean
-            values[name.replace("correct", "accuracy")] = total / number if number else 0.0
-        self._sums, self._clean, self._attacked = {}, 0, 0
-        return values, int(clean)
-
-    def collapse(self) -> dict[str, float]:
-        """Sums over ranks since the last flush, which the main rank alone goes on with."""
-        numbers = torch.tensor([self._clean, self._attacked], dtype=torch.float64, device=self.world.device)
-        totals = self.world.sum(torch.cat((*(s.view(1) for s in self._sums.values()), numbers))).tolist()
-        totals = dict(zip([*self._sums, "clean", "attacked"], totals, strict=True))
-        self.restore(totals if self.world.is_main else dict.fromkeys(totals, 0.0))
-        return totals
-
-    def restore(self, totals: dict[str, float]) -> None:
-        """Go on from sums that `collapse` gave."""
-        self._sums = {
-            name: torch.tensor(value, dtype=torch.float64, device=self.world.device)
-            for name, value in totals.items()
-            if name not in ("clean", "attacked")
-        }
-        self._clean, self._attacked = int(totals["clean"]), int(totals["attacked"])

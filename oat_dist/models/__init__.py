@@ -47,7 +47,7 @@ def build_model(
         pixel_std: Standard deviation of each channel, given exactly when `pixel_mean` is.
 
     Returns:
-        The network on the CPU, float32, in training mode.
+        The network on the CPU, float32, in training mode, its convolution weights channels last in memory.
 
     Raises:
         UserError: Pixel statistics that do not fit the images.
@@ -67,7 +67,7 @@ def build_model(
             raise UserError(f"data.normalise=True: {len(mean)} means, {len(std)} deviations, {in_channels} channels")
         network.normalise_pixels(mean, std)
     network.sync_statistics = config.engine.sync_statistics
-    return network
+    return network.to(memory_format=torch.channels_last)
 
 
 def _start_kaiming(network: ConditionalNetwork) -> None:

@@ -6,7 +6,7 @@ attack steps and test time (every site folded to one scale and shift per distinc
 Letters: N images, L distinct lambdas, C channels, S segments.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,16 +34,23 @@ class Condition:
     sync: bool = False
     """Share batch statistics over all ranks."""
 
-    def joint(self) -> "Condition":
-        """The condition of cat(clean images, adversarial partners of those with lambda > 0)."""
+    def joint(self, clean_M: Tensor | None = None) -> "Condition":
+        """The condition of cat(clean images, adversarial partners of those with lambda > 0).
+
+        Args:
+            clean_M: [M] int64 positions of the clean images that take part, increasing; None: all.
+        """
         if not self.zeros_first:
             raise ValueError("lam: images with lambda = 0 must come first in a batch that gets adversarial partners")
         partner_row = self.row_N[self.num_zero :]
+        row, segment = self.row_N, self.segment_N
+        if clean_M is not None:
+            row, segment = row.index_select(0, clean_M), segment.index_select(0, clean_M)
         adversarial = torch.full_like(self.segment_N[self.num_zero :], len(self.group_of_segment) - 1)
         return replace(
             self,
-            row_N=torch.cat((self.row_N, partner_row)),
-            segment_N=torch.cat((self.segment_N, adversarial)),
+            row_N=torch.cat((row, partner_row)),
+            segment_N=torch.cat((segment, adversarial)),
         )
 
 
@@ -61,6 +68,20 @@ class Frozen:
     def images(self, selection: slice) -> "Frozen":
         """The same network for some of the images."""
         return replace(self, row_N=self.row_N[selection])
+
+    def tensors(self) -> list[Tensor]:
+        """Everything in a fixed order."""
+        return [self.row_N, *(half for pair in self.affines for half in pair), *self.weights.values()]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "Frozen":
+        """The same network made of other tensors, in the order of `tensors`."""
+        row_N, *rest = tensors
+        num_halves = 2 * len(self.affines)
+        return Frozen(
+            row_N=row_N,
+            affines=tuple(zip(rest[:num_halves:2], rest[1:num_halves:2], strict=True)),
+            weights=dict(zip(self.weights, rest[num_halves:], strict=True)),
+        )
 
     def for_row(self, row: int, num_images: int) -> "Frozen":
         """The same network with one distinct lambda for all of `num_images` images."""

@@ -8,6 +8,9 @@
 A subclass builds its layers from `_conv`, `_norm` and `nn.Linear`, then calls `_number_sites`, and defines
 `_logits(x, cond)`, which gets the images after pixel normalisation.
 
+Images are made channels last in memory, as the operators of `kernels` want them; so are the convolution weights of
+`build_model` and those of a frozen network. Files hold plain tensors; loading keeps the layout that is there.
+
 Letters: N images, C channels, L distinct lambdas, K classes in logits_NK.
 """
 
@@ -22,8 +25,8 @@ from oat_dist.conditioning import LambdaEncoder
 from oat_dist.config import ConditioningConfig
 from oat_dist.errors import UserError
 from oat_dist.models.condition import Condition, Frozen
-from oat_dist.models.film import FiLMGenerator
-from oat_dist.models.norm import FiLMDualBN2d
+from oat_dist.models.film import FiLMGenerator, generate
+from oat_dist.models.norm import FiLMDualBN2d, fold
 
 
 class ConditionalNetwork(nn.Module):
@@ -64,6 +67,7 @@ class ConditionalNetwork(nn.Module):
 
     def forward(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
         """Logits [N, K] of images [N, C, H, W] in [0, 1]."""
+        x = x.contiguous(memory_format=torch.channels_last)
         if self.pixel_mean is not None:
             x = (x - self.pixel_mean[:, None, None]) / self.pixel_std[:, None, None]
         return self._logits(x, cond)
@@ -117,20 +121,31 @@ class ConditionalNetwork(nn.Module):
         if self.encoder is None:
             return (None,) * len(self.sites)
         like = self.sites[0].weight
-        code = self.encoder(lam_L.to(like.device, like.dtype, non_blocking=True))
-        films = [site.film(code) if site.film is not None else None for site in self.sites]
         mix_LK = self.encoder.plan(lam_L)
         if mix_LK is not None:
             mix_LK = mix_LK.to(like.device, like.dtype, non_blocking=True)
-            films = [film and (mix_LK @ film[0], mix_LK @ film[1]) for film in films]
-        return tuple(films)
+        generators = [site.film for site in self.sites if site.film is not None]
+        # Few rows, and every site multiplies by them: not worth a rounding to bfloat16.
+        with _full_precision(like.device.type):
+            code = self.encoder(lam_L.to(like.device, like.dtype, non_blocking=True))
+            films = iter(generate(generators, code, mix_LK))
+        return tuple(None if site.film is None else next(films) for site in self.sites)
 
     @torch.no_grad()
-    def freeze(self, cond: Condition) -> Frozen:
-        """The network under a condition as constants, at its current running statistics."""
+    def freeze(self, cond: Condition, *, dtype: torch.dtype | None = None) -> Frozen:
+        """The network under a condition as constants, at its current running statistics.
+
+        Args:
+            cond: Condition of the images.
+            dtype: What weights outside the sites are cast to, once instead of in every forward under autocast, which
+                keeps no casts of tensors without a gradient. The folded sites stay as exact as they are.
+
+        Returns:
+            The network; its convolution weights are channels last, whatever they became in an optimiser.
+        """
         inside = {id(p) for site in self.sites for p in site.parameters()}
-        weights = {name: p.detach() for name, p in self.named_parameters() if id(p) not in inside}
-        return Frozen(row_N=cond.row_N, affines=tuple(site.fold(cond) for site in self.sites), weights=weights)
+        weights = {name: _laid_out(p, dtype) for name, p in self.named_parameters() if id(p) not in inside}
+        return Frozen(row_N=cond.row_N, affines=fold(self.sites, cond), weights=weights)
 
     def attack_logits(self, x: Tensor, frozen: Frozen) -> Tensor:
         """Logits [N, K] with running statistics and without dropout in any mode; gradients flow to `x` alone."""
@@ -142,3 +157,16 @@ class ConditionalNetwork(nn.Module):
         """Logits [N, K] of images in [0, 1] at one lambda or one per image, with running statistics."""
         lam_N = torch.as_tensor(lam, dtype=torch.float64).expand(len(x))
         return self.attack_logits(x, self.freeze(self.condition(lam_N)))
+
+
+def _laid_out(parameter: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A detached parameter in a dtype, channels last where it has four dimensions; no copy if it is so already."""
+    layout = torch.channels_last if parameter.dim() == 4 else torch.contiguous_format
+    return parameter.detach().to(dtype=dtype or parameter.dtype, memory_format=layout)
+
+
+def _full_precision(device_type: str) -> contextlib.AbstractContextManager:
+    """No autocast, on devices that have it (shapes on the meta device do not)."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

@@ -209,6 +209,18 @@ def test_a_mistake_found_in_the_data_costs_one_line_exit_code_2_and_writes_nothi
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_costs_one_line_and_exit_code_2_and_leaves_no_model(tmp_path, digits):
+    settings = [*SHORT, f"--data.root={digits.folder.parent}", "--optim.lr=1e38", f"--output_dir={tmp_path}"]
+    done = command("launch/train.py", *DIGITS, *settings)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in done.stderr
+    assert errors[0].startswith("error: loss is not finite at step 2 for ")
+    assert "by lambda 0: " in errors[0] and "last good checkpoint: none yet" in errors[0]
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(errno.ENOSPC, 2), (errno.EROFS, 2), (errno.EPIPE, None)], ids=["full", "read-only", "another"]
 )

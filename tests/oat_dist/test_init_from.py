@@ -26,7 +26,7 @@ def build(name="resnet8", seed=0, classes=10, **conditioning):
 
 
 def saved(network, path, change=lambda tensors: None) -> str:
-    tensors = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()}
     change(tensors)
     safetensors.torch.save_file(tensors, path)
     return str(path)

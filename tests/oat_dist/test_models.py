@@ -7,6 +7,7 @@ from oat_dist.config import ConditioningConfig, Config, ModelConfig
 from oat_dist.errors import UserError
 from oat_dist.models import build_model
 from oat_dist.models.film import FiLMGenerator
+from oat_dist.models.norm import FiLMDualBN2d
 
 # Small enough for every test; tests/oat_dist/test_networks.py has the others.
 SMALL = ["resnet8", "wrn10_2"]
@@ -54,7 +55,7 @@ def test_resnet8_has_the_parameters_its_layers_add_up_to():
 @pytest.mark.parametrize("name", SMALL)
 def test_film_follows_every_norm_but_the_shortcuts_and_the_final_one(name):
     network = build(name)
-    without = {path for path, m in network.named_modules() if hasattr(m, "fold") and m.film is None}
+    without = {path for path, m in network.named_modules() if isinstance(m, FiLMDualBN2d) and m.film is None}
     expected = {"final_norm"} if name.startswith("wrn") else {"blocks.1.shortcut_norm", "blocks.2.shortcut_norm"}
     assert without == expected
 

@@ -6,6 +6,7 @@ import torch
 from oat_dist.config import ConditioningConfig, Config, DataConfig, ModelConfig
 from oat_dist.errors import UserError
 from oat_dist.models import MODELS, build_model
+from oat_dist.models.norm import FiLMDualBN2d
 
 # Conditional (encoding width 128, FiLM, dual norm), plain; 10 classes, 3 channels. The first three are published;
 # the others follow from 4 C^2 + 260 C numbers per FiLM of C channels and 2 C per norm and group.
@@ -52,7 +53,7 @@ def test_the_plain_network_has_the_expected_number_of_parameters(name):
 
 def test_film_is_left_out_at_the_shortcuts_norms_and_the_final_one_alone(large):
     name, network = large
-    without = {path for path, m in network.named_modules() if hasattr(m, "fold") and m.film is None}
+    without = {path for path, m in network.named_modules() if isinstance(m, FiLMDualBN2d) and m.film is None}
     if name.startswith("resnet"):
         assert without == {path for path, _ in network.named_modules() if path.endswith("shortcut_norm")}
         assert len(without) == 3
