@@ -24,7 +24,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch._functorch.config
 from measuring import choose_precision, in_turns
 from sites import PlainSite, Site, bytes_to_move, sites_of
 from table import RESULTS, describe, environment, markdown, put_into_docs, save
@@ -119,26 +118,36 @@ class Timer:
         """Take the memory that empties the cache."""
         self._flush = torch.empty(2**30, dtype=torch.uint8, device=device) if device.type == "cuda" else None
 
-    def __call__(self, run: Callable[[], object]) -> float:
-        """Run once."""
+    def __call__(self, run: Callable[[object], object], prepare: Callable[[], object] = lambda: None) -> float:
+        """Run once; what `prepare` gives is handed to `run`, and not timed."""
+        prepared = prepare()
         if self._flush is None:
             start = time.perf_counter()
-            run()
+            run(prepared)
             return 1000 * (time.perf_counter() - start)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
         # About a millisecond in which the host gets ahead.
         torch.cuda._sleep(2_000_000)
         begin.record()
-        run()
+        run(prepared)
         end.record()
         end.synchronize()
         return begin.elapsed_time(end)
 
 
-def gradients(call: Call, y: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-    """Backward through a graph that is kept."""
-    return torch.autograd.grad(y, call.inputs, dy, retain_graph=True)
+def turns(call: Call, dy: Tensor, timer: Timer) -> dict[str, Callable[[], float]]:
+    """Forward, backward and both of a call as functions that run and time them once."""
+
+    def backward(y: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, call.inputs, dy)
+
+    return {
+        "forward": lambda: timer(lambda _: call.forward()),
+        # Through a new graph each time: the forward pass moves running statistics, on which a graph may depend.
+        "backward": lambda: timer(backward, call.forward),
+        "both": lambda: timer(lambda _: backward(call.forward())),
+    }
 
 
 def peak_mib(call: Call, dy: Tensor, device: torch.device) -> float | None:
@@ -161,24 +170,19 @@ def measure_site(site: Site, operator: str, args: argparse.Namespace, batch_size
         torch._dynamo.reset()
         forward = torch.compile(calls["eager"].forward, dynamic=False)
         calls["compile"] = dataclasses.replace(calls["eager"], forward=forward)
-    kept = {name: call.forward() for name, call in calls.items()}
-    dy = torch.randn_like(kept["ours"])
+    dy = torch.randn_like(calls["ours"].forward())
     images, size = len(dy), dy.element_size()
-    # A copy of n bytes reads n and writes n.
     needed = {way: bytes_to_move(site, operator, way, images, size) for way in WAYS}
-    buffer = torch.zeros(needed["both"], dtype=torch.uint8, device=args.device)
-    runs: dict[str, Callable[[], object]] = {}
+    # A copy of n bytes reads n and writes n.
+    buffer = torch.zeros(2, needed["both"] // 2, dtype=torch.uint8, device=args.device)
+    runs = {}
     for way in WAYS:
-        half = needed[way] // 2
-        runs[f"copy {way}"] = lambda half=half: buffer[:half].copy_(buffer[half : 2 * half])
+        source, target = buffer[:, : needed[way] // 2]
+        runs[f"copy {way}"] = lambda s=source, t=target: timer(lambda _: t.copy_(s))
     for name, call in calls.items():
-        y = kept[name]
-        runs[f"{name} forward"] = call.forward
-        runs[f"{name} backward"] = lambda call=call, y=y: gradients(call, y, dy)
-        runs[f"{name} both"] = lambda call=call: torch.autograd.grad(call.forward(), call.inputs, dy)
-    for run in runs.values():
-        run()
-    ms = in_turns({name: lambda run=run: timer(run) for name, run in runs.items()}, args.rounds)
+        runs |= {f"{name} {way}": run for way, run in turns(call, dy, timer).items()}
+    in_turns(runs, 2)
+    ms = in_turns(runs, args.rounds)
     median = {name: statistics.median(values) for name, values in ms.items()}
     peaks = {name: peak_mib(call, dy, args.device) for name, call in calls.items()}
     return [
@@ -267,8 +271,6 @@ def main() -> None:
     args = parser.parse_args()
     args.precision = choose_precision(args.precision, args.device)
     args.rounds = args.rounds or (20 if args.device.type == "cuda" else 3)
-    # The timed backward runs again and again through one graph, whose buffers the compiler must not take.
-    torch._functorch.config.donated_buffer = False
     rows = [row for network in args.networks for row in measure(network, args)]
     conditions = environment(args.device)
     text = report(rows, conditions)

@@ -7,7 +7,8 @@ are CIFAR-10 as images (or the environment variable OAT_GPU_CHECK_IMAGES); witho
 is a process of its own with a time limit, and one that fails does not stop the others. Logs and CSV files are kept in
 --out. The last thing printed is a table of stages, results and figures, with what is asked of a figure beside it.
 
-Exit code: 0 when every stage that ran passed and none was cut off, 1 otherwise, 2 without a GPU.
+Exit code: 0 when every stage that ran passed, 1 when one failed or did not get done in its time (the comparisons with
+torch.compile, which come last, may be cut off), 2 without a GPU.
 """
 
 import argparse
@@ -28,8 +29,9 @@ from table import markdown
 
 ROOT = pathlib.Path(__file__).parents[1]
 IMAGES_VARIABLE = "OAT_GPU_CHECK_IMAGES"
-# Of the time that training gets: starting, capturing, evaluation and figures.
-_TRAINING_OVERHEAD = 0.45
+_TRAINING_S = 180
+# Share of it that goes to decoding images, starting, capturing and evaluation.
+_TRAINING_OVERHEAD = 0.55
 _CIFAR_TRAIN_IMAGES = 45_000
 _MAX_EPOCHS = 15
 
@@ -46,6 +48,8 @@ class Stage:
     """Seconds for all of them."""
     figures: Callable[[], str] = lambda: ""
     """What to tell of a stage that passed."""
+    may_be_cut: bool = False
+    """Whether it is no failure that its time is up before it ends."""
     skip: str = ""
     """Why it is not run, if it is not."""
 
@@ -80,7 +84,9 @@ def run_stages(stages: Sequence[Stage], out: pathlib.Path, budget_s: float) -> l
         if stage.skip:
             outcomes.append(Outcome(name=stage.name, result=f"not run: {stage.skip}", seconds=0))
         elif left < 1:
-            outcomes.append(Outcome(name=stage.name, result="not run: no time left", seconds=0, failed=True))
+            outcomes.append(
+                Outcome(name=stage.name, result="not run: no time left", seconds=0, failed=not stage.may_be_cut)
+            )
         else:
             print(f"{stage.name}: at most {left:.0f} s ...", flush=True)
             outcomes.append(_run(stage, out / f"{stage.name.replace(' ', '_')}.log", left))
@@ -111,7 +117,7 @@ def _run(stage: Stage, log: pathlib.Path, limit_s: float) -> Outcome:
             result = f"failed: no figures ({type(error).__name__}: {error})"
     if result != "passed":
         print("".join(log.read_text(errors="replace").splitlines(keepends=True)[-15:]), flush=True)
-    failed = result != "passed"
+    failed = result.startswith("failed") or (result.startswith("stopped") and not stage.may_be_cut)
     return Outcome(name=stage.name, result=result, seconds=time.monotonic() - start, figures=figures, failed=failed)
 
 
@@ -126,7 +132,7 @@ def _run_process(command: Sequence[str], stream, left_s: float, limit_s: float) 
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        return f"failed: stopped after {limit_s:.0f} s"
+        return f"stopped after {limit_s:.0f} s"
     return "passed" if code == 0 else f"failed: exit {code}"
 
 
@@ -153,8 +159,8 @@ def build_stages(images: pathlib.Path | None, out: pathlib.Path) -> list[Stage]:
         ),
         Stage(
             name="training",
-            commands=lambda: _training_commands(images, out, step, 170),
-            limit_s=170,
+            commands=lambda: _training_commands(images, out, step, _TRAINING_S),
+            limit_s=_TRAINING_S,
             figures=lambda: _training_figures(out / "runs"),
             skip=skip,
         ),
@@ -167,6 +173,7 @@ def build_stages(images: pathlib.Path | None, out: pathlib.Path) -> list[Stage]:
                 ]
             ],
             limit_s=300,
+            may_be_cut=True,
             figures=lambda: _step_figures(compiled_step),
         ),
         Stage(
@@ -175,6 +182,7 @@ def build_stages(images: pathlib.Path | None, out: pathlib.Path) -> list[Stage]:
                 ["benchmarks/film_dual_bn.py", "--networks=resnet34", "--rounds=10", f"--out={compiled_operators}"]
             ],
             limit_s=120,
+            may_be_cut=True,
             figures=lambda: _operator_figures(compiled_operators),
         ),
     ]  # fmt: skip
