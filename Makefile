@@ -28,9 +28,9 @@ bench: setup
 	python benchmarks/loader.py
 	python benchmarks/checkpoint.py
 
-# With whatever Python there is: the machines that have a GPU may have no network.
+# Installs nothing: the machines that have a GPU may have no network.
 gpu-check:
-	@PYTHONPATH="$(CURDIR)" $$(command -v python || echo "$(PYTHON)") benchmarks/gpu_check.py $(ARGS)
+	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
