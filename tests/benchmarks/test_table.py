@@ -6,6 +6,7 @@ import measuring
 import pytest
 import table
 import torch
+import train_step
 
 CPU = torch.device("cpu")
 
@@ -75,3 +76,10 @@ def test_peak_memory_counts_what_was_given_back_but_nothing_before_the_restart()
 def test_a_failed_child_is_named_with_what_it_said():
     with pytest.raises(RuntimeError, match=r"train_step\.py --model=nothing: exit 2\n(?s:.*)invalid choice"):
         measuring.last_line_of("train_step.py", ["--model=nothing"])
+
+
+def test_the_documents_have_a_place_for_every_table():
+    text = table.DOCS.read_text()
+    names = [f"train_step {model}" for model in train_step.SHAPES]
+    for name in [*names, "batch_size wrn10_2", "film_dual_bn"]:
+        assert text.count(f"<!-- begin {name} -->") == text.count(f"<!-- end {name} -->") == 1, name
