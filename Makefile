@@ -1,4 +1,4 @@
-# make train | test | lint | bench | setup | clean     FFCV=0 leaves FFCV out (remembered)     ARGS="..." to the script
+# make train | test | lint | bench | gpu-check | setup | clean     FFCV=0 leaves FFCV out (remembered)     ARGS="..." to the script
 PYTHON ?= python3
 FFCV ?=
 CONFIG ?= launch/configs/digits.yaml
@@ -6,7 +6,7 @@ ARGS ?=
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup train test lint bench clean
+.PHONY: setup train test lint bench gpu-check clean
 
 setup:
 	@PYTHON="$(PYTHON)" FFCV="$(FFCV)" sh launch/setup.sh
@@ -23,9 +23,14 @@ lint: setup
 
 bench: setup
 	python benchmarks/train_step.py --model resnet8
-	python benchmarks/train_step.py --model wrn10_2 --batch-size 64 --rounds 5
+	python benchmarks/train_step.py --model wrn10_2 --rounds 5
+	python benchmarks/film_dual_bn.py
 	python benchmarks/loader.py
 	python benchmarks/checkpoint.py
+
+# Installs nothing: the machines that have a GPU may have no network.
+gpu-check:
+	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
