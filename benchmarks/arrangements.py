@@ -28,6 +28,7 @@ from oat_dist.conditioning import LambdaSampler
 from oat_dist.config import Config
 from oat_dist.data import Batch, PreparedData, TrainLoader
 from oat_dist.data.checksum import file_sha256
+from oat_dist.graphed import graph_replay
 from oat_dist.models import build_model
 from oat_dist.models.network import ConditionalNetwork
 from oat_dist.optim import build_optimizer
@@ -95,6 +96,7 @@ def ours(setting: Setting) -> Step:
     config, network = setting.config, _network(setting, setting.config)
     optimizer = build_optimizer(network.parameters(), config.optim)
     batches = draw_batches(setting)
+    replay = graph_replay(config.engine.cuda_graph, setting.device, name="attack")
 
     def step(clock: Stopwatch) -> None:
         epoch, batch, lam_N = next(batches)
@@ -105,7 +107,8 @@ def ours(setting: Setting) -> Step:
             with _autocast(setting):
                 return network(x, cond)
 
-        loss = training_losses(network, batch, lam_N, config=config, epoch=epoch, forward=forward).loss_N.mean()
+        losses = training_losses(network, batch, lam_N, config=config, epoch=epoch, forward=forward, replay=replay)
+        loss = losses.loss_N.mean()
         clock.mark("train_forward")
         _backward_and_step(loss, optimizer, clock)
 
