@@ -94,7 +94,7 @@ def in_channels_last(x: Tensor, residual: Tensor | None, site: str) -> tuple[Ten
         site: Name for the warning.
     """
     if not x.is_contiguous(memory_format=torch.channels_last):
-        if not torch.compiler.is_compiling():
+        if not x.is_meta and not torch.compiler.is_compiling():
             warnings.warn(
                 f"{site}: x is not contiguous in channels_last and is copied; convert it before", stacklevel=3
             )

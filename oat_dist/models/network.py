@@ -85,9 +85,10 @@ class ConditionalNetwork(nn.Module):
         return FiLMDualBN2d(channels, 2 if self.cfg.norm == "dual" else 1, generator)
 
     def _number_sites(self) -> None:
-        self.sites = tuple(m for m in self.modules() if isinstance(m, FiLMDualBN2d))
-        for index, site in enumerate(self.sites):
-            site.index = index
+        named = {name: m for name, m in self.named_modules() if isinstance(m, FiLMDualBN2d)}
+        self.sites = tuple(named.values())
+        for index, (name, site) in enumerate(named.items()):
+            site.index, site.name = index, name
 
     def condition(self, lam_N: Tensor) -> Condition:
         """Everything the forward passes of a batch need to know of its lambdas.

@@ -18,6 +18,7 @@ class FiLMDualBN2d(nn.Module):
 
     Attributes:
         index: Position of the site in its network, set by the network.
+        name: Its name there, for messages.
         film: Generator of scale and shift, or None.
     """
 
@@ -34,7 +35,7 @@ class FiLMDualBN2d(nn.Module):
             eps: Added to the variance.
         """
         super().__init__()
-        self.index = -1
+        self.index, self.name = -1, "norm"
         self.momentum, self.eps = momentum, eps
         self.weight = nn.Parameter(torch.ones(num_groups, channels))
         self.bias = nn.Parameter(torch.zeros(num_groups, channels))
@@ -44,16 +45,16 @@ class FiLMDualBN2d(nn.Module):
 
     def forward(self, x: Tensor, cond: Condition | Frozen, residual: Tensor | None = None, relu: bool = True) -> Tensor:
         """Normalise [N, C, H, W] under a condition; in training mode the running statistics move."""
-        # The operators' `site` keyword, the name of a site in their warnings, goes into both calls once they have it.
         if isinstance(cond, Frozen):
             scale_LC, shift_LC = cond.affines[self.index]
-            return modulate(x, scale_LC, shift_LC, cond.row_N, residual=residual, relu=relu)
+            return modulate(x, scale_LC, shift_LC, cond.row_N, residual=residual, relu=relu, site=self.name)
         scale_LC, shift_LC = cond.films[self.index] or (None, None)
         return film_dual_bn(
             x, self.weight, self.bias, self.running_mean, self.running_var,
             segment=cond.segment_N, group_of_segment=cond.group_of_segment,
             film_scale=scale_LC, film_shift=shift_LC, film_row=None if scale_LC is None else cond.row_N,
             residual=residual, relu=relu, training=self.training, momentum=self.momentum, eps=self.eps, sync=cond.sync,
+            site=self.name,
         )  # fmt: skip
 
 

@@ -135,3 +135,8 @@ def test_without_normalisation_the_state_has_no_pixel_statistics():
 def test_pixel_statistics_that_cannot_be_used_are_refused(mean, std, message):
     with pytest.raises(UserError, match=message):
         normalising(mean, std)
+
+
+def test_a_site_knows_its_name_in_the_network():
+    network = build_model(Config(), in_channels=1, num_classes=10)
+    assert all(network.get_submodule(site.name) is site for site in network.sites)
