@@ -52,19 +52,13 @@ def _merge(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
 
 
 @triton.jit
-def _sum_up(n, mean, m2):
-    """(n, mean, M2) of all rows together: [R, 1], [R, C], [R, C] to a number and two [C]."""
-    total = tl.sum(tl.sum(n, 1), 0)
-    merged = tl.sum(n * mean, 0) / tl.maximum(total, 1.0)
-    between = mean - merged[None, :]
-    return total, merged, tl.sum(m2 + n * between * between, 0)
-
-
-@triton.jit
-def _into_segment(segment, n_L1, mean_LC, m2_LC, n_S1, mean_SC, m2_SC, S_PAD: tl.constexpr):
-    """Merge the accumulators of all threads into a segment's."""
-    n, mean, m2 = _sum_up(n_L1, mean_LC, m2_LC)
-    new_n, new_mean, new_m2 = _merge(n_S1, mean_SC, m2_SC, n, mean[None, :], m2[None, :])
+def _into_segment(segment, n, mean, s1_LC, s2_LC, n_S1, mean_SC, m2_SC, S_PAD: tl.constexpr):
+    """Merge a run of tiles into its segment: `n` values whose deviations from `mean` have sums and squares s1, s2."""
+    s1 = tl.sum(s1_LC, 0)
+    rest = s1 / tl.maximum(n, 1.0)
+    m2 = tl.sum(s2_LC, 0) - s1 * rest
+    m2 = tl.where(m2 < 0, 0.0, m2)
+    new_n, new_mean, new_m2 = _merge(n_S1, mean_SC, m2_SC, n, (mean + rest)[None, :], m2[None, :])
     here = (tl.arange(0, S_PAD) == segment)[:, None]
     return tl.where(here, new_n, n_S1), tl.where(here, new_mean, mean_SC), tl.where(here, new_m2, m2_SC)
 
@@ -73,47 +67,52 @@ def _into_segment(segment, n_L1, mean_LC, m2_LC, n_S1, mean_SC, m2_SC, S_PAD: tl
 def _stats_kernel(
     x_ptr, segment_ptr, count_RS_ptr, mean_RSC_ptr, m2_RSC_ptr, T, P, C, R, S: tl.constexpr, S_PAD: tl.constexpr,
     ACC: tl.constexpr, FOLD: tl.constexpr, LANES: tl.constexpr, BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One of R runs of consecutive tiles (T in all) to one partial row per segment.
+    """One of R stretches of consecutive tiles (T in all) to one partial row per segment.
 
-    Within a tile a thread folds FOLD rows by itself (mean, then squared deviations), so that a division per fold and
-    no exchange between threads is needed until the segment changes.
+    A run of tiles of one segment is summed as deviations, and their squares, from the mean of its first tile. That
+    mean is at most sqrt(tiles in the run) standard deviations off, so that what is subtracted in the end,
+    s2 - s1^2 / n, loses a few bits at worst, and nothing is divided or exchanged between threads inside a run.
     """
     blocks = tl.cdiv(C, BLOCK_C)
     r = tl.program_id(0) // blocks
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    pivot = _pivot(x_ptr, c, C, ACC)[None, None, :]
     tiles = tl.cdiv(P, FOLD * LANES)
     row = (tl.arange(0, FOLD) * LANES)[:, None, None] + tl.arange(0, LANES)[None, :, None]
     offset = row * C + c[None, None, :]
     n_S1 = tl.zeros((S_PAD, 1), ACC)
     mean_SC = tl.zeros((S_PAD, BLOCK_C), ACC)
     m2_SC = tl.zeros((S_PAD, BLOCK_C), ACC)
-    n_L1 = tl.zeros((LANES, 1), ACC)
-    mean_LC = tl.zeros((LANES, BLOCK_C), ACC)
-    m2_LC = tl.zeros((LANES, BLOCK_C), ACC)
+    n = tl.zeros((), ACC)
+    mean = tl.zeros((BLOCK_C,), ACC)
+    s1_LC = tl.zeros((LANES, BLOCK_C), ACC)
+    s2_LC = tl.zeros((LANES, BLOCK_C), ACC)
+    current = -1
     begin = (r.to(tl.int64) * T // R).to(tl.int32)
     end = ((r.to(tl.int64) + 1) * T // R).to(tl.int32)
-    current = tl.load(segment_ptr + begin // tiles).to(tl.int32)
-    for t in range(begin, end):
+    for t in tl.range(begin, end, num_stages=STAGES):
         image = t // tiles
         first = t % tiles * (FOLD * LANES)
         valid = first + row < P
+        size = tl.minimum(P - first, FOLD * LANES).to(ACC)
         start = (image.to(tl.int64) * P + first) * C
         x = tl.load(x_ptr + start + offset, mask=valid & (c < C)[None, None, :], other=0.0).to(ACC)
         segment = tl.load(segment_ptr + image).to(tl.int32)
         if segment != current:
-            n_S1, mean_SC, m2_SC = _into_segment(current, n_L1, mean_LC, m2_LC, n_S1, mean_SC, m2_SC, S_PAD)
-            n_L1 = tl.zeros((LANES, 1), ACC)
-            mean_LC = tl.zeros((LANES, BLOCK_C), ACC)
-            m2_LC = tl.zeros((LANES, BLOCK_C), ACC)
+            relative = mean - _pivot(x_ptr, c, C, ACC)
+            n_S1, mean_SC, m2_SC = _into_segment(current, n, relative, s1_LC, s2_LC, n_S1, mean_SC, m2_SC, S_PAD)
+            n = tl.zeros((), ACC)
+            mean = tl.sum(tl.sum(x, 0), 0) / size
+            s1_LC = tl.zeros((LANES, BLOCK_C), ACC)
+            s2_LC = tl.zeros((LANES, BLOCK_C), ACC)
             current = segment
-        n = tl.sum(valid.to(ACC), 0)
-        centred = tl.where(valid, x - pivot, 0.0)
-        mean = tl.sum(centred, 0) / tl.maximum(n, 1.0)
-        deviation = tl.where(valid, centred - mean[None, :, :], 0.0)
-        n_L1, mean_LC, m2_LC = _merge(n_L1, mean_LC, m2_LC, n, mean, tl.sum(deviation * deviation, 0))
-    n_S1, mean_SC, m2_SC = _into_segment(current, n_L1, mean_LC, m2_LC, n_S1, mean_SC, m2_SC, S_PAD)
+        deviation = tl.where(valid, x - mean[None, None, :], 0.0)
+        n += size
+        s1_LC += tl.sum(deviation, 0)
+        s2_LC += tl.sum(deviation * deviation, 0)
+    relative = mean - _pivot(x_ptr, c, C, ACC)
+    n_S1, mean_SC, m2_SC = _into_segment(current, n, relative, s1_LC, s2_LC, n_S1, mean_SC, m2_SC, S_PAD)
     s = tl.arange(0, S_PAD)[:, None]
     to = (r * S + s) * C + c[None, :]
     mask = (s < S) & (c < C)[None, :]
@@ -138,7 +137,10 @@ def _merge_stats_kernel(
     n_R1 = tl.load(count_RS_ptr + r * S + s, mask=r < R, other=0.0)
     mean_RC = tl.load(mean_RSC_ptr + at, mask=mask, other=0.0)
     m2_RC = tl.load(m2_RSC_ptr + at, mask=mask, other=0.0)
-    total, mean, m2 = _sum_up(n_R1, mean_RC, m2_RC)
+    total = tl.sum(tl.sum(n_R1, 1), 0)
+    mean = tl.sum(n_R1 * mean_RC, 0) / tl.maximum(total, 1.0)
+    between_RC = mean_RC - mean[None, :]
+    m2 = tl.sum(m2_RC + n_R1 * between_RC * between_RC, 0)
     mean = tl.where(total > 0, mean + _pivot(x_ptr, c, C, ACC), 0.0)
     tl.store(mean_SC_ptr + s * C + c, mean, mask=c < C)
     tl.store(m2_SC_ptr + s * C + c, m2, mask=c < C)
@@ -250,6 +252,7 @@ def segment_statistics(
             x, segment_N, count_RS, mean_RSC, m2_RSC, num * plan.tiles_per_image(pixels), pixels, channels, runs,
             S=num_segments, S_PAD=triton.next_power_of_2(num_segments), ACC=accumulator(x.dtype), FOLD=plan.fold,
             LANES=lanes, BLOCK_C=plan.channels, num_warps=plan.num_warps,
+            STAGES=plan.stages,
         )  # fmt: skip
         # 32 bytes of each row: the smallest piece of memory that is read at once, for as many programs as possible.
         _merge_stats_kernel[(num_segments * triton.cdiv(channels, 8),)](

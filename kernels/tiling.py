@@ -19,9 +19,12 @@ from torch import Tensor
 _VECTOR_BYTES = 16  # widest load of one thread
 _NUM_WARPS = 4
 _THREADS = 32 * _NUM_WARPS
-# Programs of a reduction: enough for every processor of today's devices (108 to 148) to hold four or more.
-_STATISTICS_PROGRAMS = 512  # each leaves one partial row per segment: few rows, read again by the merge
-_GRADIENT_PROGRAMS = 1024  # each leaves one row of sums in any case, so twice as many cost little and balance better
+# Statistics: two programs on each of the 132 processors of an H100, all running at once, each with several tiles under
+# way. Each leaves a partial row per segment that the merge reads again, so more programs would make the merge longer.
+_STATISTICS_PROGRAMS = 256
+_STATISTICS_STAGES = 5
+# Gradient sums: images are independent, so several programs per processor queue up and even out.
+_GRADIENT_PROGRAMS = 1024
 _GROUP_BITS = 3
 
 MAX_SEGMENTS = 8
@@ -40,6 +43,8 @@ class Plan:
     """Rows that a thread adds up by itself before anything is exchanged between threads; divides `rows`."""
     parts: int = 1
     """Reductions: programs per block of channels (statistics) or per image and block of channels (gradients)."""
+    stages: int = 1
+    """Tiles under way at a time: later ones are copied to shared memory while one is worked on."""
     num_warps: int = _NUM_WARPS
     """Warps of 32 threads per program."""
 
@@ -59,12 +64,12 @@ def elementwise_plan(pixels: int, channels: int, element_size: int) -> Plan:
 
 
 def statistics_plan(num: int, pixels: int, channels: int, element_size: int) -> Plan:
-    """Eight 16-byte loads per thread of the one tensor that is read; `parts` runs of tiles per block of channels."""
+    """Four 16-byte loads per thread and tile, five tiles under way; `parts` runs of tiles per block of channels."""
     one_pass = _elements_per_pass(element_size)
-    rows, width = _tile(pixels, channels, 8 * one_pass)
+    rows, width = _tile(pixels, channels, 4 * one_pass)
     blocks, tiles = triton.cdiv(channels, width), num * triton.cdiv(pixels, rows)
     parts = max(1, min(tiles, _STATISTICS_PROGRAMS // blocks))
-    return Plan(rows=rows, channels=width, fold=_fold(rows, width, one_pass), parts=parts)
+    return Plan(rows=rows, channels=width, fold=_fold(rows, width, one_pass), parts=parts, stages=_STATISTICS_STAGES)
 
 
 def gradients_plan(num: int, pixels: int, channels: int, element_size: int) -> Plan:
@@ -162,6 +167,15 @@ def image_tile(P, C, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
 def load_row(ptr, row, C, c, ACC: tl.constexpr):
     """Channels `c` of row `row` of a small [rows, C] tensor."""
     return tl.load(ptr + row * C + c, mask=c < C, other=0.0).to(ACC)
+
+
+@triton.jit
+def below_relu(dy, y_ptr, at, mask):
+    """Gradient below the ReLU: dy where y is positive or NaN, else 0; without ReLU (no y) dy itself."""
+    if y_ptr is not None:
+        # Cast before the comparison: the interpreter would compare the bits of bfloat16.
+        dy = tl.where(tl.load(y_ptr + at, mask=mask, other=0.0).to(dy.dtype) <= 0, 0.0, dy)
+    return dy
 
 
 @triton.jit
