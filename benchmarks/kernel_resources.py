@@ -1,12 +1,13 @@
 """What do the Triton kernels ask of a GPU? Compiles them for several architectures; needs no GPU.
 
-    python benchmarks/kernel_resources.py [--few] [--json] [--no-docs]
+    python benchmarks/kernel_resources.py [--few]
 
 Runs every launcher on tensors without memory at the sites of ResNet-34 (batch 512, 32x32), WRN-16-8 (32x32) and
 WRN-40-2 (96x96), records what it would launch, compiles that for sm_80, sm_90 and sm_100, and reads registers, spills,
 stack and shared memory from the machine code and the width of global loads and stores from the PTX. Prints one row per
 kernel, tile, dtype and target, and writes the worst of each kernel and target between the markers in docs/numerics.md.
-`--few` compiles a sample (for the test), `--json` prints machine-readable rows.
+`--few` compiles a sample (ResNet-34 at its first and last stage for sm_90, for the test), prints its rows as JSON and
+writes nothing.
 """
 
 import argparse
@@ -131,7 +132,7 @@ def site_calls(num: int, channels: int, side: int, dtype: torch.dtype) -> Iterat
 
 
 def measure(launch: Launch, target: int) -> dict[str, object]:
-    """Compile and read registers, bytes of spills, stack and shared memory, and the narrowest wide access."""
+    """Compile and read registers, stack (where spills go) and local and shared memory, and widths of access."""
     compiled = launch.compile(target)
     nvidia = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -140,22 +141,81 @@ def measure(launch: Launch, target: int) -> dict[str, object]:
         usage = subprocess.run(
             [nvidia / "cuobjdump", "-res-usage", cubin.name], check=True, capture_output=True, text=True
         ).stdout
-    used = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
+    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    tile = {key: value for key, value in launch.constants if key in ("FOLD", "LANES", "ROWS", "BLOCK_C")}
+    ptx = compiled.asm["ptx"]
     return {
         "kernel": launch.kernel.__name__,
-        "tile": " ".join(f"{v}" for k, v in launch.constants if k in ("FOLD", "LANES", "ROWS", "BLOCK_C")),
+        "tile": "x".join(str(value) for value in tile.values()),
         "dtype": next(kind.removeprefix("*") for _, kind in launch.signature if kind.startswith("*")),
         "target": f"sm_{target}",
-        "registers": int(used["REG"]),
-        "stack_bytes": int(used["STACK"]),
-        "local_bytes": int(used["LOCAL"]),
+        "registers": used["REG"],
+        "stack_bytes": used["STACK"] + used["LOCAL"],
         "shared_bytes": int(compiled.metadata.shared),
-        "load_bytes": widest(compiled.asm["ptx"], "ld"),
-        "store_bytes": widest(compiled.asm["ptx"], "st"),
+        "load_bytes": max(accesses(ptx, "ld")),
+        "store_bytes": max(accesses(ptx, "st")),
+        "narrow_half": sum(width == 2 for kind in ("ld", "st") for width in accesses(ptx, kind)),
     }
 
 
-def widest(ptx: str, kind: str) -> int:
-    """Bytes of the widest global load ("ld") or store ("st")."""
-    pattern = rf"\b{kind}\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bfus](\d+)\s"
-    return max((int(n or 1) * int(bits) // 8 for n, bits in re.findall(pattern, ptx)), default=0)
+def accesses(ptx: str, kind: str) -> list[int]:
+    """Bytes of every global load ("ld", copies to shared memory too) or store ("st")."""
+    pattern = rf"\b{kind}\.global(?:\.[a-zA-Z]\w*(?:::\w+)*)*?(?:\.v(\d))?\.[bfsu](\d+)\s"
+    widths = [int(count or 1) * int(bits) // 8 for count, bits in re.findall(pattern, ptx)]
+    if kind == "ld":
+        copies = re.findall(r"cp\.async\.\w+\.shared\.global \[[^]]*\], \[[^]]*\], (0x[0-9a-f]+|\d+)", ptx)
+        widths += [int(size, 0) for size in copies]
+    return widths
+
+
+def launches(sites: list[tuple[int, int, int]], dtypes: tuple[torch.dtype, ...]) -> list[Launch]:
+    """What the sites launch, each specialisation once."""
+    every = [
+        launch for site in sites for dtype in dtypes for call in site_calls(*site, dtype) for launch in recorded(call)
+    ]
+    return list(dict.fromkeys(every))
+
+
+def worst(rows: list[dict]) -> list[str]:
+    """Markdown table: the worst over sites and dtypes of every kernel and target."""
+    lines = [
+        "| kernel | target | variants | registers | stack, bytes | shared memory, bytes | widest load / store, bytes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for kernel, target in dict.fromkeys((row["kernel"], row["target"]) for row in rows):
+        mine = [row for row in rows if (row["kernel"], row["target"]) == (kernel, target)]
+        most = {key: max(row[key] for row in mine) for key in ("registers", "stack_bytes", "shared_bytes")}
+        load, store = (min(row[key] for row in mine) for key in ("load_bytes", "store_bytes"))
+        lines.append(f"| `{kernel}` | {target} | {len(mine)} | " + " | ".join(map(str, most.values()))
+                     + f" | {load} / {store} |")  # fmt: skip
+    return lines
+
+
+def write_docs(rows: list[dict]) -> None:
+    """Put the table between the markers."""
+    text = DOCS.read_text()
+    begin, end = (text.index(marker) for marker in MARKERS)
+    note = f"triton {triton.__version__}, batch 512 (128 for 96x96 inputs), bfloat16 and float32:"
+    DOCS.write_text(text[:begin] + "\n\n".join([MARKERS[0], note, "\n".join(worst(rows)), text[end:]]))
+
+
+def main() -> None:
+    """Compile, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--few", action="store_true", help="a sample, as JSON; docs/numerics.md stays as it is")
+    args = parser.parse_args()
+    if args.few:
+        first, *_, last = SITES["ResNet-34"]
+        print(json.dumps([measure(launch, 90) for launch in launches([first, last], (torch.bfloat16,))]))
+        return
+    sites = [site for network in SITES.values() for site in network]
+    rows = []
+    for launch in launches(sites, (torch.bfloat16, torch.float32)):
+        for target in TARGETS:
+            rows.append(measure(launch, target))
+            print(*rows[-1].values() if len(rows) > 1 else [*rows[-1], "\n", *rows[-1].values()], flush=True)
+    write_docs(rows)
+
+
+if __name__ == "__main__":
+    main()

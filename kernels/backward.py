@@ -247,7 +247,7 @@ def _sums_of_images(
             _reduce_grads_kernel[(num * plan.parts * plan.channel_blocks(channels),)](
                 dy, y, x, *dense(mean_SC, var_SC), segment_N, s1_UC, s2_UC, pixels, channels, plan.parts,
                 EPS=eps, ACC=accumulator(x.dtype), FOLD=plan.fold, LANES=plan.rows // plan.fold,
-                BLOCK_C=plan.channels, num_warps=plan.num_warps,
+                BLOCK_C=plan.channels, **plan.options(),
             )  # fmt: skip
     return s1_UC, s2_UC, plan.parts
 
@@ -322,7 +322,7 @@ def input_grad(
     assert shape_of(dy) == shape_of(x) and (not relu or shape_of(y) == shape_of(x))
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     d_residual = torch.empty_like(dy, memory_format=torch.channels_last) if want_residual else None
-    plan = plan or elementwise_plan(pixels, channels, x.element_size())
+    plan = plan or elementwise_plan(pixels, channels, x.element_size(), max_registers=128)
     grid = num * plan.tiles_per_image(pixels) * plan.channel_blocks(channels)
     if grid:
         small = dense(weight_GC, mean_SC, var_SC, m1_SC, m2_SC, film_scale_LC, segment_N, film_row_N)
@@ -330,7 +330,7 @@ def input_grad(
             # Product and difference rounded each by itself: a segment of one value then has u - m1 = 0 exactly.
             _input_grad_kernel[(grid,)](
                 dy, y if relu else None, x, dx, d_residual, *small, pixels, channels, pack_groups(groups),
-                EPS=eps, ACC=accumulator(x.dtype), ROWS=plan.rows, BLOCK_C=plan.channels, num_warps=plan.num_warps,
+                EPS=eps, ACC=accumulator(x.dtype), ROWS=plan.rows, BLOCK_C=plan.channels, **plan.options(),
                 enable_fp_fusion=False,
             )  # fmt: skip
     return dx, d_residual
@@ -381,6 +381,6 @@ def modulate_grads(
         with torch.cuda.device_of(dy):
             _modulate_grad_kernel[(grid,)](
                 dy, y, dx, d_residual, scale_LC, row_N, pixels, channels,
-                ACC=accumulator(dy.dtype), ROWS=plan.rows, BLOCK_C=plan.channels, num_warps=plan.num_warps,
+                ACC=accumulator(dy.dtype), ROWS=plan.rows, BLOCK_C=plan.channels, **plan.options(),
             )  # fmt: skip
     return dx, d_scale, d_shift, d_residual

@@ -251,7 +251,7 @@ def segment_statistics(
         _stats_kernel[(runs * plan.channel_blocks(channels),)](
             x, segment_N, count_RS, mean_RSC, m2_RSC, num * plan.tiles_per_image(pixels), pixels, channels, runs,
             S=num_segments, S_PAD=triton.next_power_of_2(num_segments), ACC=accumulator(x.dtype), FOLD=plan.fold,
-            LANES=lanes, BLOCK_C=plan.channels, num_warps=plan.num_warps,
+            LANES=lanes, BLOCK_C=plan.channels, **plan.options(),
             STAGES=plan.stages,
         )  # fmt: skip
         # 32 bytes of each row: the smallest piece of memory that is read at once, for as many programs as possible.
@@ -312,7 +312,7 @@ def apply(
         _apply_kernel[(grid,)](
             x, residual, y, *small, pixels, channels, pack_groups(groups),
             EPS=eps, RELU=relu, ACC=accumulator(x.dtype), ROWS=plan.rows, BLOCK_C=plan.channels,
-            num_warps=plan.num_warps,
+            **plan.options(),
         )  # fmt: skip
     return y
 
@@ -351,7 +351,7 @@ def modulate(
     with torch.cuda.device_of(x):
         _modulate_kernel[(grid,)](
             x, residual, y, *dense(scale_LC, shift_LC, row_N), pixels, channels,
-            RELU=relu, ACC=accumulator(x.dtype), ROWS=plan.rows, BLOCK_C=plan.channels, num_warps=plan.num_warps,
+            RELU=relu, ACC=accumulator(x.dtype), ROWS=plan.rows, BLOCK_C=plan.channels, **plan.options(),
         )  # fmt: skip
     return y
 

@@ -47,6 +47,12 @@ class Plan:
     """Tiles under way at a time: later ones are copied to shared memory while one is worked on."""
     num_warps: int = _NUM_WARPS
     """Warps of 32 threads per program."""
+    max_registers: int | None = None
+    """Registers per thread at most. Left to itself the assembler saves registers in some kernels by spilling."""
+
+    def options(self) -> dict[str, int | None]:
+        """Launch options."""
+        return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
 
     def tiles_per_image(self, pixels: int) -> int:
         """Tiles one above the other in an image of P pixels."""
@@ -57,10 +63,20 @@ class Plan:
         return triton.cdiv(channels, self.channels)
 
 
-def elementwise_plan(pixels: int, channels: int, element_size: int) -> Plan:
-    """Four 16-byte loads per thread and tensor: enough bytes in flight at the register count of three tensors."""
+def elementwise_plan(pixels: int, channels: int, element_size: int, *, max_registers: int = 80) -> Plan:
+    """Four 16-byte loads per thread and tensor, with six programs per processor at 80 registers (four at 128).
+
+    Args:
+        pixels: P.
+        channels: C.
+        element_size: Bytes per value.
+        max_registers: 80 holds two tensors, 128 four.
+
+    Returns:
+        Plan of a kernel without reduction.
+    """
     rows, width = _tile(pixels, channels, 4 * _elements_per_pass(element_size))
-    return Plan(rows=rows, channels=width)
+    return Plan(rows=rows, channels=width, max_registers=max_registers)
 
 
 def statistics_plan(num: int, pixels: int, channels: int, element_size: int) -> Plan:
