@@ -2,10 +2,9 @@
 
     y = act( a * (x - mean_s) + film_scale * bias_g + film_shift + residual ),   a = film_scale * weight_g * rstd_s
 
-Statistics are (n, mean, M2) of every thread, merged by the formula of Chan, Golub and LeVeque ("Algorithms for
-Computing the Sample Variance", 1983, equation 2.1) in a fixed order without atomics, of x minus a pivot: the first
-pixel of the first image. A pivot near the values keeps a mean far larger than the spread out of every intermediate
-result; any pivot gives the same sums but for rounding. E[x^2] - E[x]^2 is never formed.
+Statistics are sums about a mean of the values themselves, run by run, merged as (n, mean, M2) by the formula of Chan,
+Golub and LeVeque ("Algorithms for Computing the Sample Variance", 1983, equation 2.1) in a fixed order without
+atomics. E[x^2] - E[x]^2 is never formed.
 
 Images are [N, C, H, W] in channels_last. Nothing here waits for the device or copies to it. `plan` overrides the tile
 shape (`kernels.tiling`), for tests. Letters: N images, C channels, P = H*W pixels, G norm groups, S segments, L
@@ -36,19 +35,12 @@ from kernels.tiling import (
 
 
 @triton.jit
-def _pivot(x_ptr, c, C, ACC: tl.constexpr):
-    """First pixel of the first image, 0 where it is not finite so that it cannot spoil other images."""
-    x = tl.load(x_ptr + c, mask=c < C, other=0.0).to(ACC)
-    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
-
-
-@triton.jit
 def _merge(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
     """Chan's merge, element by element; two empty parts give 0, 0, 0."""
     n = n_a + n_b
     share = n_b / tl.maximum(n, 1.0)
     delta = mean_b - mean_a
-    return n, mean_a + delta * share, m2_a + m2_b + delta * delta * (n_a * share)
+    return n, mean_a + delta * share, m2_a + m2_b + delta * (delta * (n_a * share))
 
 
 @triton.jit
@@ -100,8 +92,7 @@ def _stats_kernel(
         x = tl.load(x_ptr + start + offset, mask=valid & (c < C)[None, None, :], other=0.0).to(ACC)
         segment = tl.load(segment_ptr + image).to(tl.int32)
         if segment != current:
-            relative = mean - _pivot(x_ptr, c, C, ACC)
-            n_S1, mean_SC, m2_SC = _into_segment(current, n, relative, s1_LC, s2_LC, n_S1, mean_SC, m2_SC, S_PAD)
+            n_S1, mean_SC, m2_SC = _into_segment(current, n, mean, s1_LC, s2_LC, n_S1, mean_SC, m2_SC, S_PAD)
             n = tl.zeros((), ACC)
             mean = tl.sum(tl.sum(x, 0), 0) / size
             s1_LC = tl.zeros((LANES, BLOCK_C), ACC)
@@ -111,8 +102,7 @@ def _stats_kernel(
         n += size
         s1_LC += tl.sum(deviation, 0)
         s2_LC += tl.sum(deviation * deviation, 0)
-    relative = mean - _pivot(x_ptr, c, C, ACC)
-    n_S1, mean_SC, m2_SC = _into_segment(current, n, relative, s1_LC, s2_LC, n_S1, mean_SC, m2_SC, S_PAD)
+    n_S1, mean_SC, m2_SC = _into_segment(current, n, mean, s1_LC, s2_LC, n_S1, mean_SC, m2_SC, S_PAD)
     s = tl.arange(0, S_PAD)[:, None]
     to = (r * S + s) * C + c[None, :]
     mask = (s < S) & (c < C)[None, :]
@@ -124,7 +114,7 @@ def _stats_kernel(
 
 @triton.jit
 def _merge_stats_kernel(
-    x_ptr, count_RS_ptr, mean_RSC_ptr, m2_RSC_ptr, count_S_ptr, mean_SC_ptr, m2_SC_ptr, C, R, S: tl.constexpr,
+    count_RS_ptr, mean_RSC_ptr, m2_RSC_ptr, count_S_ptr, mean_SC_ptr, m2_SC_ptr, C, R, S: tl.constexpr,
     ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """All partial rows of one segment at once."""
@@ -138,10 +128,13 @@ def _merge_stats_kernel(
     mean_RC = tl.load(mean_RSC_ptr + at, mask=mask, other=0.0)
     m2_RC = tl.load(m2_RSC_ptr + at, mask=mask, other=0.0)
     total = tl.sum(tl.sum(n_R1, 1), 0)
-    mean = tl.sum(n_R1 * mean_RC, 0) / tl.maximum(total, 1.0)
-    between_RC = mean_RC - mean[None, :]
+    # Relative to one of the means: rounding is then that of their differences, not of a mean far from zero.
+    pivot = tl.where(total > 0, tl.max(tl.where(n_R1 > 0, mean_RC, -float("inf")), 0), 0.0)
+    relative_RC = tl.where(n_R1 > 0, mean_RC - pivot[None, :], 0.0)
+    relative = tl.sum(n_R1 * relative_RC, 0) / tl.maximum(total, 1.0)
+    between_RC = relative_RC - relative[None, :]
     m2 = tl.sum(m2_RC + n_R1 * between_RC * between_RC, 0)
-    mean = tl.where(total > 0, mean + _pivot(x_ptr, c, C, ACC), 0.0)
+    mean = pivot + relative
     tl.store(mean_SC_ptr + s * C + c, mean, mask=c < C)
     tl.store(m2_SC_ptr + s * C + c, m2, mask=c < C)
     tl.store(count_S_ptr + s, total)
@@ -256,7 +249,7 @@ def segment_statistics(
         )  # fmt: skip
         # 32 bytes of each row: the smallest piece of memory that is read at once, for as many programs as possible.
         _merge_stats_kernel[(num_segments * triton.cdiv(channels, 8),)](
-            x, count_RS, mean_RSC, m2_RSC, count_S, mean_SC, m2_SC, channels, runs,
+            count_RS, mean_RSC, m2_RSC, count_S, mean_SC, m2_SC, channels, runs,
             S=num_segments, ACC=accumulator(x.dtype), BLOCK_R=triton.next_power_of_2(runs), BLOCK_C=8, num_warps=8,
         )  # fmt: skip
     return count_S, mean_SC, m2_SC
