@@ -1,4 +1,4 @@
-"""Every kernel compiles for a GPU as its launcher asks, without spills and with 16-byte loads and stores; no GPU needed.
+"""Every kernel compiles for a GPU as its launcher asks: no spills, 16-byte loads and stores. Needs no GPU.
 
 A sample in a process of its own, because here Triton is the interpreter; `python benchmarks/kernel_resources.py` has
 all sites, dtypes and targets.
