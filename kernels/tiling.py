@@ -86,7 +86,10 @@ def statistics_plan(num: int, pixels: int, channels: int, element_size: int) -> 
     rows, width = _tile(pixels, channels, 4 * one_pass)
     blocks, tiles = triton.cdiv(channels, width), num * triton.cdiv(pixels, rows)
     parts = max(1, min(tiles, _STATISTICS_PROGRAMS // blocks))
-    return Plan(rows=rows, channels=width, fold=_fold(rows, width, one_pass), parts=parts, stages=_STATISTICS_STAGES)
+    return Plan(
+        rows=rows, channels=width, fold=_fold(rows, width, one_pass), parts=parts, stages=_STATISTICS_STAGES,
+        max_registers=_STATISTICS_REGISTERS,
+    )  # fmt: skip
 
 
 def gradients_plan(num: int, pixels: int, channels: int, element_size: int) -> Plan:
