@@ -16,8 +16,8 @@ def inputs(dtype: torch.dtype = torch.float64) -> dict:
 
     return {
         "x": images(),
-        "scale": torch.randn(3, 4, generator=gen, dtype=torch.float64).to(dtype),
-        "shift": torch.randn(3, 4, generator=gen, dtype=torch.float64).to(dtype),
+        "scale": torch.randn(3, 4, generator=gen, dtype=torch.float64).to(dtype).requires_grad_(True),
+        "shift": torch.randn(3, 4, generator=gen, dtype=torch.float64).to(dtype).requires_grad_(True),
         "row": torch.tensor([2, 0, 1, 1, 0]),
         "residual": images(),
     }
@@ -31,13 +31,14 @@ def written_out(x, scale, shift, row, residual, relu):
 
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("has_residual", [True, False])
-def test_modulate_equals_the_formula_with_gradients(relu, has_residual):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_modulate_equals_the_formula_with_gradients(relu, has_residual, backend):
     args, other = inputs(), inputs()
     if not has_residual:
         args["residual"] = other["residual"] = None
-    y, expected = modulate(**args, relu=relu), written_out(**other, relu=relu)
+    y, expected = modulate(**args, relu=relu, backend=backend), written_out(**other, relu=relu)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-    wanted = ("x", "residual") if has_residual else ("x",)
+    wanted = ("x", "scale", "shift", "residual") if has_residual else ("x", "scale", "shift")
     for name, ours, theirs in zip(
         wanted,
         torch.autograd.grad(y.square().sum(), [args[n] for n in wanted]),
@@ -48,10 +49,11 @@ def test_modulate_equals_the_formula_with_gradients(relu, has_residual):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_precision_is_as_good_as_plain_pytorch_in_the_same_dtype(dtype):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_precision_is_as_good_as_plain_pytorch_in_the_same_dtype(dtype, backend):
     args = inputs(dtype)
     exact = written_out(**copy_of(args, torch.float64), relu=True)
-    assert_as_good_as_plain(modulate(**args), written_out(**args, relu=True), exact, "y")
+    assert_as_good_as_plain(modulate(**args, backend=backend), written_out(**args, relu=True), exact, "y")
 
 
 def test_modulate_with_folded_statistics_equals_the_site_in_evaluation():
