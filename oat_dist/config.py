@@ -92,13 +92,16 @@ def to_dict(config: Config) -> dict:
 def computed_settings(config: Config) -> dict[str, object]:
     """Dotted key -> value of the settings that decide what is computed.
 
-    Left out are names, folders, and how often something is logged or saved. Running statistics are averaged over ranks
-    at every checkpoint, but a run on one rank, or with shared statistics, is the same with any interval.
+    Left out are names, folders, how often something is logged or saved, and what makes no difference beyond rounding:
+    loader and threads. Running statistics are averaged over ranks at every checkpoint, but a run on one rank, or with
+    shared statistics, is the same with any interval.
     """
     settings = to_dict(config)
     for key in ("name", "output_dir", "logging", "checkpoint"):
         del settings[key]
-    del settings["data"]["root"]
+    for key in ("root", "loader", "workers"):
+        del settings["data"][key]
+    del settings["engine"]["threads"]
     flat = {}
     for key, value in settings.items():
         flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}

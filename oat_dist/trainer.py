@@ -48,13 +48,10 @@ def train(config: Config, world: World) -> pathlib.Path:
         training = Training(config, data, loader, world=world, run=run, checkpoint=checkpoint)
         training.fit()
         cfg = config.evaluation
-        attack = EvaluationAttack(
-            norm=config.attack.norm, eps=config.attack.eps, steps=cfg.steps, restarts=cfg.restarts
-        )
         report.measure(
             training.finish(),
             data,
-            attack,
+            EvaluationAttack.of(config),
             cfg.lambdas,
             config=config,
             split=cfg.split,
