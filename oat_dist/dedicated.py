@@ -82,7 +82,7 @@ def measure_run(
         One {"lam", "sa", "ra"} per lambda.
     """
     config, network = load_run(run)
-    points = world.on_main(lambda: _measured_before(run, lambdas, attack, split))
+    points = world.on_main(lambda: measured_before(run, lambdas, attack, split))
     if points is not None:
         return points
     cfg = config.evaluation
@@ -183,9 +183,10 @@ def _trained_on(run: pathlib.Path) -> str | None:
         return None
 
 
-def _measured_before(
+def measured_before(
     run: pathlib.Path, lambdas: Sequence[float], attack: EvaluationAttack, split: str
 ) -> list[dict] | None:
+    """Points of a run from its reports, or None where none was measured so."""
     for path in (run / "frontier.json", *sorted(run.glob("eval/*.json"))):
         found = json.loads(path.read_text())
         points = {point["lam"]: point for point in found["points"]}

@@ -1,6 +1,8 @@
 """Training from a configuration to a run folder: file -> loader -> condition -> attack -> forward -> loss -> engine."""
 
+import math
 import pathlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from oat_dist.data import PreparedData, TrainLoader
 from oat_dist.data.sources import SOURCES
 from oat_dist.distributed import World
 from oat_dist.engine import Engine, deepspeed_config
+from oat_dist.errors import UserError
 from oat_dist.evaluation import EvaluationAttack
 from oat_dist.metrics import MetricsWriter, keep_metrics_until
 from oat_dist.models import build_model
@@ -26,13 +29,17 @@ from oat_dist.step import training_losses
 from oat_dist.validation import Validator
 from oat_dist.weights import load_exactly
 
+AfterEpoch = Callable[[int, ConditionalNetwork], None]
+"""(epochs done, the network that would be evaluated): called on every rank, after the epoch's checkpoint."""
 
-def train(config: Config, world: World) -> pathlib.Path:
+
+def train(config: Config, world: World, after_epoch: AfterEpoch | None = None) -> pathlib.Path:
     """Train one network and measure its curve, or go on with an unfinished run of the same settings.
 
     Args:
         config: Everything about the run.
-        world: The ranks, from `oat_dist.engine.init_world`.
+        world: The ranks, from `oat_dist.engine.init_world`; they may have trained other runs before.
+        after_epoch: Called after every epoch; what it raises ends the training, which can be gone on with.
 
     Returns:
         The run folder.
@@ -46,7 +53,7 @@ def train(config: Config, world: World) -> pathlib.Path:
     run, checkpoint = world.on_main(lambda: _open_run(config, data, world, lock))
     try:
         training = Training(config, data, loader, world=world, run=run, checkpoint=checkpoint)
-        training.fit()
+        training.fit(after_epoch)
         cfg = config.evaluation
         report.measure(
             training.finish(),
@@ -167,8 +174,12 @@ class Training:
         """The network that is evaluated: the average where there is one."""
         return self.averaged.network if self.averaged else self.network
 
-    def fit(self) -> None:
-        """Run all steps that are left; the host waits for the device on log steps and at checkpoints alone."""
+    def fit(self, after_epoch: AfterEpoch | None = None) -> None:
+        """Run all steps that are left; the host waits for the device on log steps and at checkpoints alone.
+
+        Raises:
+            UserError: The loss is no longer finite.
+        """
         config, world, loader = self.config, self.world, self.loader
         sampler = LambdaSampler(
             config.conditioning,
@@ -189,11 +200,15 @@ class Training:
                         lr = learning_rate(config.optim, self.step - 1, total)
                         values, images = self.log.flush()
                         metrics.write(self.step, {"epoch": epoch, "lr": lr, **values}, images=images)
+                        self._require_finite(values["loss"])
                         advance(f"epoch {epoch + 1}, loss {values['loss']:.3f}")
                     else:
                         advance()
                 first_step = 0
                 self._end_epoch(epoch, metrics)
+                if after_epoch is not None:
+                    self._average_statistics()
+                    after_epoch(epoch + 1, self.best_so_far)
         self.store.wait()
 
     def finish(self) -> torch.nn.Module:
@@ -224,11 +239,19 @@ class Training:
         validates = self.validator is not None and (done % self.config.evaluation.interval_epochs == 0 or is_last)
         saves = done % self.config.checkpoint.interval_epochs == 0 or is_last
         if validates or saves:
-            self.world.average_running_statistics([self.network] + ([self.averaged.network] if self.averaged else []))
+            self._average_statistics()
         if validates:
             metrics.write(self.step, self.validator.measure(self.best_so_far, self.step))
         if saves:
             self._save()
+
+    def _average_statistics(self) -> None:
+        self.world.average_running_statistics([self.network] + ([self.averaged.network] if self.averaged else []))
+
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            lr = self.config.optim.lr
+            raise UserError(f"optim.lr={lr:g}: the loss is {loss} at step {self.step}; a lower learning rate may help")
 
     def _save(self) -> None:
         """Hand everything to the checkpoint store; every rank takes part in gathering."""
