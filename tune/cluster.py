@@ -20,6 +20,7 @@ from ray import train as ray_train
 from ray import tune
 from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
@@ -29,10 +30,10 @@ from oat_dist.errors import UserError
 from tune.settings import SearchConfig
 from tune.trial import run_job
 
-ADDRESS_TIMEOUT_S = 10
+ADDRESS_TIMEOUT_S = 30
 _OBJECT_STORE_BYTES = 200 * 2**20
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_AIR_NEW_OUTPUT": "0",
-          "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "0", "TUNE_GLOBAL_CHECKPOINT_S": "1",
+          "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_GLOBAL_CHECKPOINT_S": "1",
           "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
           "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}  # fmt: skip
 
@@ -84,9 +85,13 @@ def cluster(address: str | None) -> Iterator[None]:
         ray.init(_node_ip_address="127.0.0.1", num_cpus=len(os.sched_getaffinity(0)),
                  object_store_memory=_OBJECT_STORE_BYTES, **quiet)  # fmt: skip
     else:
-        _require_answer(address)
         del quiet["include_dashboard"]
-        ray.init(address=address, **quiet)
+        if address != "auto":
+            _require_answer(address)
+        try:
+            ray.init(address=address, **quiet)
+        except ConnectionError:
+            raise UserError(f"--address {address}: no Ray cluster runs here; give HOST:PORT of its head") from None
     try:
         yield
     finally:
@@ -144,7 +149,8 @@ def run_jobs(
     trainable = tune.with_parameters(
         _one_process if one_process else _many_processes, common=common, storage=str(folder / "ray")
     )
-    resources = {"CPU": slots.cpus, "GPU": slots.gpus} if one_process else {"CPU": 0}
+    # A driver takes no CPU; Tune wants it to take something, so it takes a byte of memory.
+    resources = {"CPU": slots.cpus, "GPU": slots.gpus} if one_process else {"CPU": 0, "memory": 1}
     trainable = tune.with_resources(trainable, resources)
     is_search = name == "search"
     stops = is_search and cfg.early_stopping and cfg.objective == "ratio"
@@ -171,13 +177,18 @@ def run_jobs(
                 scheduler=scheduler if stops else None,
                 max_concurrent_trials=slots.concurrent,
                 reuse_actors=one_process,
+                trial_dirname_creator=_trial_id,
             ),
             run_config=tune.RunConfig(
-                name=name, storage_path=str(folder / "ray"), verbose=0, callbacks=[_Events()],
+                name=name, storage_path=str(folder / "ray"), verbose=0, callbacks=[_Events(), JsonLoggerCallback()],
                 failure_config=tune.FailureConfig(max_failures=cfg.retries),
             ),
         )  # fmt: skip
     return [_outcome(result, base) for result in tuner.fit()]
+
+
+def _trial_id(trial: Any) -> str:
+    return trial.trial_id
 
 
 def _one_process(config: dict, *, common: dict, storage: str) -> None:
@@ -266,18 +277,15 @@ def _one_line(error: BaseException) -> str:
 
 def _require_answer(address: str) -> None:
     """Ask a cluster whether it lives, with a time limit: `ray.init` itself would wait for minutes."""
-    where = address.removeprefix("ray://")
-    if where != "auto":
-        host, _, port = where.rpartition(":")
-        try:
-            socket.create_connection((host, int(port)), timeout=ADDRESS_TIMEOUT_S).close()
-        except (OSError, ValueError) as error:
-            raise UserError(f"--address {address}: no Ray cluster answers there ({error}); give HOST:PORT") from None
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", where]
+    message = (
+        f"--address {address}: no Ray cluster answers there within {ADDRESS_TIMEOUT_S} s; give HOST:PORT of its head"
+    )
     try:
-        done = subprocess.run(command, capture_output=True, timeout=6 * ADDRESS_TIMEOUT_S, check=False)
-        ok = done.returncode == 0
-    except subprocess.TimeoutExpired:
-        ok = False
-    if not ok:
-        raise UserError(f"--address {address}: no Ray cluster answers there; give HOST:PORT of its head, or auto")
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host, int(port)), timeout=ADDRESS_TIMEOUT_S).close()
+        # In a process of its own, because nothing else can end its waiting.
+        ask = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
+        command = [sys.executable, "-c", ask, address]
+        subprocess.run(command, capture_output=True, timeout=ADDRESS_TIMEOUT_S, check=True)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        raise UserError(message) from None
