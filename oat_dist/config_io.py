@@ -126,7 +126,7 @@ def _parse(args: Sequence[str], cls: type) -> dict[str, Any]:
 
 def _parser(cls: type) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(exit_on_error=False, description="Once-for-all adversarial training.")
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description="Once-for-all adversarial training.")
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
     parser.add_class_arguments(cls, as_group=False)
     return parser

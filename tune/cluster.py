@@ -6,6 +6,7 @@ Which trial runs where and when is left to Ray.
 """
 
 import contextlib
+import json
 import os
 import pathlib
 import socket
@@ -256,7 +257,10 @@ class _Events(tune.Callback):
 
 def _outcome(result: Any, base: Config) -> Outcome:
     """A Tune result in our words."""
-    job, metrics, history = result.config["job"], dict(result.metrics or {}), ()
+    # A trial that failed before its first report has no configuration in its result, but in its folder.
+    trial_folder = pathlib.Path(result.path)
+    job = json.loads((trial_folder / "params.json").read_text())["job"]
+    metrics, history = dict(result.metrics or {}), ()
     if job["kind"] == "search" and result.metrics_dataframe is not None and "ratio" in result.metrics_dataframe:
         frame = result.metrics_dataframe.dropna(subset=["ratio"]).drop_duplicates("epoch", keep="last")
         history = tuple((int(epoch), float(ratio)) for epoch, ratio in zip(frame["epoch"], frame["ratio"], strict=True))
@@ -265,7 +269,7 @@ def _outcome(result: Any, base: Config) -> Outcome:
         "failed" if result.error else "finished" if is_whole else "stopped" if metrics.get("done") else "unfinished"
     )
     error = _one_line(result.error) if result.error else None
-    return Outcome(trial=metrics.get("trial_id") or pathlib.Path(result.path).name, job=job, status=status,
+    return Outcome(trial=trial_folder.name, job=job, status=status,
                    metrics=metrics if "points" in metrics else {}, error=error, history=history)  # fmt: skip
 
 

@@ -6,6 +6,7 @@ A sample is {dotted key: value}; distributions stay the text they were written a
 import ast
 import itertools
 import json
+import pathlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -108,10 +109,15 @@ def read_space(written: Mapping[str, Any], base: Config) -> Space:
 
 
 def settings(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample as settings of a training run: dotted key -> value, distributions spelled out."""
+    """A sample as settings of a training run: dotted key -> value, distributions spelled out.
+
+    The knots of a written distribution are for the encodings that have any, and go with the others.
+    """
     spelled: dict[str, Any] = {}
     for key, value in sample.items():
         spelled |= parse_distribution(value) if key == DISTRIBUTION and "(" in value else {key: value}
+    if "conditioning.knots" not in sample and sample.get("conditioning.encoding") in ("none", "fourier"):
+        spelled.pop("conditioning.knots", None)
     return spelled
 
 
@@ -150,7 +156,9 @@ def _read_value(key: str, value: Any) -> Any:
         parse_distribution(value)
         return value
     try:
-        return typed_value(key, value)
+        typed = typed_value(key, value)
+        # Trials have a working directory of their own.
+        return str(pathlib.Path(typed).absolute()) if key == "model.init_from" and typed else typed
     except UserError as error:
         raise UserError(f"space.{error}") from None
 
