@@ -6,6 +6,7 @@ pass the same type checks here and the same range checks in `config.py`. No clas
 
 import dataclasses
 import difflib
+import functools
 import json
 import pathlib
 import re
@@ -124,6 +125,7 @@ def _parse(args: Sequence[str], cls: type) -> dict[str, Any]:
     return {k: v for k, v in namespace.as_dict().items() if k != "config"}
 
 
+@functools.cache  # making one takes a tenth of a second, and a search space has many values to check
 def _parser(cls: type) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description="Once-for-all adversarial training.")

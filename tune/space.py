@@ -6,6 +6,7 @@ A sample is {dotted key: value}; distributions stay the text they were written a
 import ast
 import itertools
 import json
+import math
 import pathlib
 import random
 from collections.abc import Mapping, Sequence
@@ -94,6 +95,9 @@ def read_space(written: Mapping[str, Any], base: Config) -> Space:
     """
     if not written:
         raise UserError("space: is empty; name at least one key, e.g. conditioning.encoding: [dct, fourier]")
+    count = math.prod(len(value) for value in written.values() if isinstance(value, list))
+    if count > _MOST_COMBINATIONS:
+        raise UserError(f"space: {count} combinations, at most {_MOST_COMBINATIONS} can be checked; shorten the lists")
     choices: dict[str, tuple] = {}
     ranges: dict[str, Range] = {}
     for key, value in written.items():
@@ -176,11 +180,6 @@ def _read_range(key: str, value: dict) -> Range:
 
 def _combinations(choices: Mapping[str, tuple], ranges: Mapping[str, Range], base: Config) -> tuple[tuple, ...]:
     """Combinations that give a valid configuration at both ends of the ranges, each effective one once."""
-    count = 1
-    for values in choices.values():
-        count *= len(values)
-    if count > _MOST_COMBINATIONS:
-        raise UserError(f"space: {count} combinations, at most {_MOST_COMBINATIONS} can be checked; shorten the lists")
     ends = [{key: getattr(r, end) for key, r in ranges.items()} for end in ("low", "high")]
     valid, seen, reason = [], set(), None
     for values in itertools.product(*choices.values()):

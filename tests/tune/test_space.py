@@ -12,8 +12,9 @@ from tune.search import choose_search
 from tune.space import Range, parse_distribution, read_space, settings
 from tune.tpe import Suggest, importance, sampler
 
+KNOTS = "uniform(0, 1, zero=0.1, knots=[0, 1])"
 PAIRS = {
-    "conditioning.distribution": ["discrete(0, 1)", "uniform(0, 1, zero=0.1)", "uniform(0, 1, zero=0.1, knots=[0, 1])"],
+    "conditioning.distribution": ["discrete(0, 1)", "uniform(0, 1, zero=0.1)", KNOTS],
     "conditioning.encoding": ["none", "dct", "fourier"],
     "conditioning.encoding_width": [8, 16],
 }
@@ -75,7 +76,7 @@ def test_invalid_pairs_and_settings_without_effect_are_left_out():
     assert ("uniform(0, 1, zero=0.1)", "dct", 8) not in short
     assert ("uniform(0, 1, zero=0.1, knots=[0, 1])", "dct", 8) in short
     assert not any(text.endswith("knots=[0, 1])") and encoding == "fourier" for text, encoding, _ in short)
-    assert "conditioning.knots" not in settings(dict(zip(PAIRS, (PAIRS["conditioning.distribution"][2], "none", 8))))
+    assert "conditioning.knots" not in settings(dict(zip(PAIRS, (KNOTS, "none", 8), strict=True)))
     base = Config(conditioning=ConditioningConfig(film="none"))
     assert len(read_space({"conditioning.encoding": ["dct", "onehot"]}, base).grid()) == 1
 
