@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import json
 import pathlib
+import time
 from collections.abc import Sequence
 
 from oat_dist.comparison import compare, print_comparison, write_comparison
@@ -169,7 +170,10 @@ class Search:
         total = len(self.samples) if self.samples is not None else self.cfg.trials
         job = {"kind": "search", "folder": str(self.folder / "trials")}
         jobs = tpe.Suggest(self.space, job) if self.samples is None else [{**job, "sample": s} for s in self.samples]
+        start = time.monotonic()
         outcomes = self._phase("search", "trials", jobs, total, slots, self.dedicated["points"])
+        wall_s, own_s = time.monotonic() - start, sum(o.metrics.get("seconds", 0.0) for o in outcomes)
+        print(f"{wall_s:.0f} s for trials of {own_s:.0f} s together, {slots.concurrent} at a time")
         paths = results.write_results(
             self.folder, outcomes, base=self.base, evaluation=self.run.evaluation, space=self.space,
             dedicated=self.dedicated, table_by=self.cfg.table_by,

@@ -9,6 +9,7 @@ Dedicated networks are trained first, or taken from where they are. Choices are 
 configuration is trained with several seeds and reported on test. tune/phases.py says what is written where.
 """
 
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,9 @@ def main(argv: Sequence[str]) -> None:
     rest += [f"--search.{name.replace('-', '_')}={value}" for name in _ALIASES
              if (value := getattr(args, name.replace("-", "_"))) is not None]  # fmt: skip
     run, folder = choose_search(rest, args.resume)
+    if args.address is None:
+        # Ray reads it when it is imported; with its default it would listen on the machine's outer address.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     # A mistake in the configuration is answered before the seconds that these imports take.
     from tune.phases import Interrupted, Search
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
@@ -50,6 +51,12 @@ def rows(folder: pathlib.Path) -> list[dict]:
     return list(csv.DictReader((folder / "search.csv").open()))
 
 
+def ray_addresses(pid: int) -> list[str]:
+    """Addresses on which the processes of a local Ray cluster listen."""
+    processes = [p for p in psutil.Process(pid).children(recursive=True) if p.name() in ("raylet", "gcs_server")]
+    return [c.laddr.ip for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+
+
 def wait_for(folder: pathlib.Path, pattern: str, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 200
     while not list(folder.glob(pattern)):
@@ -66,9 +73,11 @@ def test_a_search_with_a_crash_goes_on_after_sigkill_and_reports_on_test(setting
     victim = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(output, "*_search/trials/*/*/checkpoints/step_*", victim)
+        heard = ray_addresses(victim.pid)
     finally:
         victim.send_signal(signal.SIGKILL)
         victim.wait()
+    assert heard and all(address.endswith("127.0.0.1") for address in heard)
     done = finish([*args, "--resume"])
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = output.glob("*_search")
