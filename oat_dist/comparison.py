@@ -2,7 +2,8 @@
 
 A comparison is {"frame", "dedicated": {"points", "score"}, "conditional": {"points", "curve", "score", "ratio",
 "ratio_std", "ratios", "gaps", "monotonicity", "area_between"} or None, "controls": {name: {"points", "score",
-"ratio"}}}. Scores and ratios of a conditional network are means over its seeds.
+"ratio"}}, "best_constant": {"lam", "score", "ratio"}}. Scores and ratios of a conditional network are means over its
+seeds.
 """
 
 import csv
@@ -19,6 +20,7 @@ from oat_dist import plots
 from oat_dist.frontier import (
     area_between,
     at_lambdas,
+    best_constant,
     controls,
     dedicated_frame,
     frontier_score,
@@ -45,14 +47,16 @@ def compare(dedicated: Sequence[dict], curves: Sequence[Sequence[dict]] = ()) ->
     frame = dedicated_frame(dedicated)
     full = frontier_score(dedicated, frame)
     constant = {
-        name: {"points": points, "score": (score := frontier_score(points, frame)), "ratio": score / full}
+        name: {"points": points, "score": (value := frontier_score(points, frame)), "ratio": value / full}
         for name, points in controls(dedicated).items()
     }
+    lam, score = best_constant(dedicated)
     comparison = {
         "frame": dataclasses.asdict(frame),
         "dedicated": {"points": list(dedicated), "score": full},
         "conditional": None,
         "controls": constant,
+        "best_constant": {"lam": lam, "score": score, "ratio": score / full},
     }
     if curves:
         scores = [frontier_score(at_lambdas(curve, dedicated), frame) for curve in curves]
@@ -128,6 +132,9 @@ def print_comparison(comparison: dict, about: dict, console: Console | None = No
     scores.add_row("dedicated networks", f"{comparison['dedicated']['score']:.3f}", "1")
     for name, control in comparison["controls"].items():
         scores.add_row(name, f"{control['score']:.3f}", f"{control['ratio']:.3f}")
+    best = comparison["best_constant"]
+    name = f"the best of them alone (lambda = {best['lam']:g}) at every lambda"
+    scores.add_row(name, f"{best['score']:.3f}", f"{best['ratio']:.3f}")
     console.print(scores)
     if ours:
         shares = ours["monotonicity"]

@@ -193,6 +193,17 @@ def controls(dedicated: Sequence[dict]) -> dict[str, list[dict]]:
     }
 
 
+def best_constant(dedicated: Sequence[dict]) -> tuple[float, float]:
+    """The lambda whose dedicated network alone, at every lambda, has the highest frontier score, and that score.
+
+    What a network that ignores lambda can reach at most: only above it does conditioning show. On a front with a sharp
+    knee it is close to the score of the whole front, and the ratio then says little about the trade-off.
+    """
+    frame = dedicated_frame(dedicated)
+    score, lam = max((frontier_score([point], frame), point["lam"]) for point in dedicated)
+    return lam, score
+
+
 def _scaled(points: Sequence[dict], frame: Frame) -> np.ndarray:
     """[points, 2]: SA and RA in units of the frame."""
     low = np.array((frame.sa_low, frame.ra_low))

@@ -6,6 +6,7 @@ from oat_dist.errors import UserError
 from oat_dist.frontier import (
     Frame,
     area_between,
+    best_constant,
     controls,
     dedicated_frame,
     frontier_ratio,
@@ -78,6 +79,11 @@ def test_a_constant_network_scores_under_0_35_on_a_realistic_front():
     widths = [(sa - 0.80) / 0.13 + 0.1 for sa in (0.93, 0.88, 0.85, 0.80)]
     expected = sum(w * h for w, h in zip(widths, (0.1, 0.8, 0.1, 0.1), strict=True))
     assert frontier_score(REALISTIC, frame) == pytest.approx(expected)
+
+
+def test_the_best_network_that_ignores_lambda_is_the_knee():
+    # In the frame (0.88, 0.40) is (8/13, 0.8) and (0.85, 0.45) is (5/13, 0.9).
+    assert best_constant(REALISTIC) == (0.1, pytest.approx((8 / 13 + 0.1) * 0.9))
 
 
 @pytest.mark.parametrize(
