@@ -102,7 +102,11 @@ def _draw_dedicated(axes: Axes, comparison: dict) -> None:
     for point in points:
         axes.annotate(f"{point['lam']:g}", (100 * point["sa"], 100 * point["ra"]), fontsize=7, color="tab:red",
                       textcoords="offset points", xytext=(4, 4))  # fmt: skip
-    front_x, front_y = _percent(pareto_front(points))
+    front = pareto_front(points)
+    # To the sides of the frame, so that a front of one point is seen too.
+    left = {"sa": min(frame["sa_low"], front[0]["sa"]), "ra": front[0]["ra"]}
+    below = {"sa": front[-1]["sa"], "ra": min(frame["ra_low"], front[-1]["ra"])}
+    front_x, front_y = _percent([left, *front, below])
     axes.step(front_x, front_y, where="pre", color="tab:red", alpha=0.5, label="their Pareto front")
     low, high = (100 * frame["sa_low"], 100 * frame["ra_low"]), (100 * frame["sa_high"], 100 * frame["ra_high"])
     frame_patch = Rectangle(low, high[0] - low[0], high[1] - low[1], fill=False, linestyle=":", edgecolor="0.4")

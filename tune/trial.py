@@ -98,9 +98,16 @@ def _run_candidate(
             tell(epoch, points, None)
         clock.start_epoch()
 
-    run = world.on_main(lambda: find_trained(config, data)) or train(config, world, after_epoch)
+    run = world.on_main(lambda: _same_before(config, data)) or train(config, world, after_epoch)
     points = world.on_main(lambda: json.loads((run / "frontier.json").read_text())["points"])
     tell(config.optim.epochs, points, run)
+
+
+def _same_before(config: Config, data: PreparedData) -> pathlib.Path | None:
+    """A finished run of the same settings, of this trial or of another: a sampler may suggest a sample again."""
+    siblings = sorted(pathlib.Path(config.output_dir).parent.glob("*"))
+    found = (find_trained(dataclasses.replace(config, output_dir=str(folder)), data) for folder in siblings)
+    return next((run for run in found if run is not None), None)
 
 
 class _Clock:
