@@ -6,6 +6,7 @@ pass the same type checks here and the same range checks in `config.py`. No clas
 
 import dataclasses
 import difflib
+import functools
 import json
 import pathlib
 import re
@@ -13,7 +14,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -21,13 +22,16 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from oat_dist.config import Config, to_dict
 from oat_dist.errors import UserError
 
+C = TypeVar("C", bound=Config)
 
-def load_config(argv: Sequence[str], overrides: Mapping[str, Any] | None = None) -> Config:
+
+def load_config(argv: Sequence[str], overrides: Mapping[str, Any] | None = None, cls: type[C] = Config) -> C:
     """Build the configuration of a run.
 
     Args:
         argv: Command-line arguments without the program's name. `--help` and `--print_config` print and exit.
         overrides: Dotted key -> value, applied last, e.g. {"optim.lr": 0.05}.
+        cls: `Config`, or a dataclass derived from it with more sections.
 
     Returns:
         The checked configuration.
@@ -35,15 +39,26 @@ def load_config(argv: Sequence[str], overrides: Mapping[str, Any] | None = None)
     Raises:
         UserError: Unknown key, wrong type, value out of range, missing or unreadable file.
     """
-    parser = _parser()
-    args = [*argv, *(f"--{key}={json.dumps(value)}" for key, value in (overrides or {}).items())]
+    args = [*argv, *(_argument(key, value) for key, value in (overrides or {}).items())]
     for path in _config_files(args):
-        _check_keys(path)
-    try:
-        namespace = parser.parse_args(args)
-    except ArgumentError as error:
-        raise UserError(_one_line(str(error))) from None
-    return from_dict({k: v for k, v in namespace.as_dict().items() if k != "config"})
+        _check_keys(path, cls)
+    return from_dict(_parse(args, cls), cls)
+
+
+def typed_value(key: str, value: Any) -> Any:
+    """A value as a setting takes it, by type alone: ranges and combinations are checked when a `Config` is built.
+
+    Args:
+        key: Dotted key.
+        value: From YAML.
+
+    Raises:
+        UserError: Unknown key or wrong type.
+    """
+    settings: Any = _parse([_argument(key, value)], Config)
+    for part in key.split("."):
+        settings = settings[part]
+    return list(settings) if isinstance(settings, tuple) else settings
 
 
 def read_config(path: pathlib.Path) -> Config:
@@ -60,9 +75,29 @@ def write_config(config: Config, path: pathlib.Path) -> None:
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
-def from_dict(settings: Mapping[str, Any]) -> Config:
+def from_dict(settings: Mapping[str, Any], cls: type[C] = Config) -> C:
     """Build a `Config` from nested dictionaries whose values have the right types (lists stand for tuples)."""
-    return _build(Config, settings)
+    return _build(cls, settings)
+
+
+def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+    """A configuration with some settings replaced; their types are not checked, all else is.
+
+    Args:
+        config: The configuration.
+        settings: Dotted key -> value of the right type.
+
+    Raises:
+        UserError: Values out of range, or that do not go together.
+    """
+    tree = to_dict(config)
+    for dotted, value in settings.items():
+        *sections, key = dotted.split(".")
+        section = tree
+        for name in sections:
+            section = section[name]
+        section[key] = value
+    return from_dict(tree, type(config))
 
 
 def _build(cls: type, settings: Mapping[str, Any]) -> Any:
@@ -76,11 +111,26 @@ def _build(cls: type, settings: Mapping[str, Any]) -> Any:
     return cls(**values)
 
 
-def _parser() -> ArgumentParser:
+def _argument(key: str, value: Any) -> str:
+    """A setting as an argument; text stands unquoted, as a shell would pass it."""
+    return f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+def _parse(args: Sequence[str], cls: type) -> dict[str, Any]:
+    """Nested dictionaries of all settings, of the right types."""
+    try:
+        namespace = _parser(cls).parse_args(args)
+    except ArgumentError as error:
+        raise UserError(_one_line(str(error), cls)) from None
+    return {k: v for k, v in namespace.as_dict().items() if k != "config"}
+
+
+@functools.cache  # making one takes a tenth of a second, and a search space has many values to check
+def _parser(cls: type) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(exit_on_error=False, description="Once-for-all adversarial training.")
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description="Once-for-all adversarial training.")
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
-    parser.add_class_arguments(Config, as_group=False)
+    parser.add_class_arguments(cls, as_group=False)
     return parser
 
 
@@ -91,17 +141,17 @@ def _config_files(args: Sequence[str]) -> list[pathlib.Path]:
     return [pathlib.Path(f) for f in files]
 
 
-def _check_keys(path: pathlib.Path) -> None:
+def _check_keys(path: pathlib.Path, cls: type) -> None:
     """Name an unknown key by its dotted path, with the nearest known one; jsonargparse names only the section."""
     try:
         settings = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}; name an existing YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not valid YAML: {_one_line(str(error))}") from None
+        raise UserError(f"--config {path}: not valid YAML: {_one_line(str(error), cls)}") from None
     if not isinstance(settings, dict):
         raise UserError(f"--config {path}: expected sections and keys, got {type(settings).__name__}")
-    _check_section(settings, to_dict(Config()), "", path)
+    _check_section(settings, to_dict(cls()), "", path)
 
 
 def _check_section(settings: Mapping[str, Any], known: Mapping[str, Any], prefix: str, path: pathlib.Path) -> None:
@@ -114,27 +164,28 @@ def _check_section(settings: Mapping[str, Any], known: Mapping[str, Any], prefix
         if isinstance(known[key], dict):
             if not isinstance(value, dict):
                 raise UserError(f"{dotted}={value!r}: in {path} this is a section with keys {', '.join(known[key])}")
-            _check_section(value, known[key], f"{dotted}.", path)
+            if known[key]:  # empty: a section with keys of the user's own
+                _check_section(value, known[key], f"{dotted}.", path)
 
 
-def _one_line(message: str) -> str:
+def _one_line(message: str, cls: type) -> str:
     """One line per error, with the dotted key first and a hint for an unknown option."""
     line = " ".join(message.split())
     if line.startswith("unrecognized arguments: "):
         option = line.removeprefix("unrecognized arguments: ").split()[0]
         key = option.lstrip("-").partition("=")[0]
-        near = difflib.get_close_matches(key, _dotted_keys(to_dict(Config())), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(key, _dotted_keys(to_dict(cls())), n=1, cutoff=0.5)
         return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "; --help lists all keys")
     if line.startswith('Parser key "'):
         key, _, rest = line.removeprefix('Parser key "').partition('": ')
-        return _type_error(key, rest) if key in _dotted_keys(to_dict(Config())) else f"{key}: {rest}"
+        return _type_error(key, rest, cls) if key in _dotted_keys(to_dict(cls())) else f"{key}: {rest}"
     return line
 
 
-def _type_error(key: str, message: str) -> str:
+def _type_error(key: str, message: str, cls: type) -> str:
     """Jsonargparse's report of a wrong type, in the words of a user: what the key takes and what it got."""
     got = re.search(r"(?:Got|Given) value: (.*)$", message)
-    hint: Any = Config
+    hint: Any = cls
     for part in key.split("."):
         hint = typing.get_type_hints(hint)[part]
     if got is None or dataclasses.is_dataclass(hint):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from oat_dist.attacks import evaluation_mode, pgd
-from oat_dist.config import default_step_size
+from oat_dist.config import Config, default_step_size
 from oat_dist.data import Batch
 from oat_dist.distributed import World
 from oat_dist.models.condition import Frozen
@@ -36,6 +36,12 @@ class EvaluationAttack:
     """Length of a step; default min(1.25 eps, eps + 4/255) / steps."""
     restarts: int = 1
     """Random starts."""
+
+    @classmethod
+    def of(cls, config: Config) -> "EvaluationAttack":
+        """The attack of a configuration's measurements: ball of `attack`, steps and restarts of `evaluation`."""
+        cfg = config.evaluation
+        return cls(norm=config.attack.norm, eps=config.attack.eps, steps=cfg.steps, restarts=cfg.restarts)
 
     @property
     def name(self) -> str:

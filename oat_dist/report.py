@@ -52,17 +52,22 @@ def measure(
         data, split, config.data, batch_size, rank=world.rank, ranks=world.ranks, device=world.device
     )
     points = evaluate(network, batches, lambdas, attack, seed=config.seed, world=world)
-    report = {
+    report = describe(config, data, split, attack, points)
+    if world.is_main:
+        print_report(report, write_report(report, stem))
+    return report
+
+
+def describe(config: Config, data: PreparedData, split: str, attack: EvaluationAttack, points: Sequence[dict]) -> dict:
+    """Points with what they were measured on, in the form of frontier.json."""
+    return {
         "model": config.model.name,
         "dataset": data.name,
         "split": split,
         "num_examples": data.counts[split],
         "attack": attack.to_dict(),
-        "points": points,
+        "points": list(points),
     }
-    if world.is_main:
-        print_report(report, write_report(report, stem))
-    return report
 
 
 def write_report(report: dict, stem: pathlib.Path) -> list[pathlib.Path]:

@@ -121,16 +121,26 @@ def load_run(run: str | pathlib.Path) -> tuple[Config, ConditionalNetwork]:
     return config, network.eval()
 
 
+def make_folder(folder: pathlib.Path) -> pathlib.Path:
+    """Make a folder and its parents where they are missing.
+
+    Raises:
+        UserError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made: {error.strerror or error}") from None
+    return folder
+
+
 def free_stem(folder: pathlib.Path, stem: str) -> pathlib.Path:
     """A path in `folder` (made if need be) of which no STEM.json exists: `stem`, else `stem-2`, `stem-3`, ...
 
     Raises:
         UserError: The folder cannot be made.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made: {error.strerror or error}") from None
+    make_folder(folder)
     attempt = 1
     while (path := folder / (stem if attempt == 1 else f"{stem}-{attempt}")).with_name(f"{path.name}.json").exists():
         attempt += 1

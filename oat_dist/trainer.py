@@ -1,6 +1,7 @@
 """Training from a configuration to a run folder: file -> loader -> condition -> attack -> forward -> loss -> engine."""
 
 import pathlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,13 +32,17 @@ from oat_dist.step_log import StepLog
 from oat_dist.validation import Validator
 from oat_dist.weights import load_exactly
 
+AfterEpoch = Callable[[int, ConditionalNetwork], None]
+"""(epochs done, the network that would be evaluated): called on every rank, after the epoch's checkpoint."""
 
-def train(config: Config, world: World) -> pathlib.Path:
+
+def train(config: Config, world: World, after_epoch: AfterEpoch | None = None) -> pathlib.Path:
     """Train one network and measure its curve, or go on with an unfinished run of the same settings.
 
     Args:
         config: Everything about the run.
-        world: The ranks, from `oat_dist.engine.init_world`.
+        world: The ranks, from `oat_dist.engine.init_world`; they may have trained other runs before.
+        after_epoch: Called after every epoch; what it raises ends the training, which can be gone on with.
 
     Returns:
         The run folder.
@@ -55,15 +60,12 @@ def train(config: Config, world: World) -> pathlib.Path:
     run, checkpoint = world.on_main(lambda: _open_run(config, data, world, lock))
     try:
         training = Training(config, data, loader, world=world, run=run, checkpoint=checkpoint)
-        training.fit()
+        training.fit(after_epoch)
         cfg = config.evaluation
-        attack = EvaluationAttack(
-            norm=config.attack.norm, eps=config.attack.eps, steps=cfg.steps, restarts=cfg.restarts
-        )
         report.measure(
             training.finish(),
             data,
-            attack,
+            EvaluationAttack.of(config),
             cfg.lambdas,
             config=config,
             split=cfg.split,
@@ -180,8 +182,12 @@ class Training:
         """The network that is evaluated: the average where there is one."""
         return self.averaged.network if self.averaged else self.network
 
-    def fit(self) -> None:
-        """Run all steps that are left; the host waits for the device on log steps and at checkpoints alone."""
+    def fit(self, after_epoch: AfterEpoch | None = None) -> None:
+        """Run all steps that are left; the host waits for the device on log steps and at checkpoints alone.
+
+        Raises:
+            UserError: The loss is no longer finite.
+        """
         config, world, loader = self.config, self.world, self.loader
         sampler = LambdaSampler(
             config.conditioning,
@@ -208,6 +214,10 @@ class Training:
                         advance()
                 first_step = 0
                 self._end_epoch(epoch, metrics)
+                if after_epoch is not None:
+                    self._average_statistics()
+                    self.watch.check(self._last_good)
+                    after_epoch(epoch + 1, self.best_so_far)
         self.store.wait()
 
     def finish(self) -> torch.nn.Module:
@@ -241,13 +251,16 @@ class Training:
         validates = self.validator is not None and (done % self.config.evaluation.interval_epochs == 0 or is_last)
         saves = done % self.config.checkpoint.interval_epochs == 0 or is_last
         if validates or saves:
-            self.world.average_running_statistics([self.network] + ([self.averaged.network] if self.averaged else []))
+            self._average_statistics()
             self.watch.check(self._last_good)
             self._require_finite(self._networks())
         if validates:
             metrics.write(self.step, self.validator.measure(self.best_so_far, self.step))
         if saves:
             self._save()
+
+    def _average_statistics(self) -> None:
+        self.world.average_running_statistics([self.network] + ([self.averaged.network] if self.averaged else []))
 
     def _save(self) -> None:
         """Hand everything to the checkpoint store; every rank takes part in gathering."""

@@ -28,9 +28,7 @@ class Validator:
         cfg = config.evaluation
         self.config, self.world, self.path = config, world, run / "checkpoints/best.safetensors"
         self.frame = loose_frame(len(data.classes))
-        self.attack = EvaluationAttack(
-            norm=config.attack.norm, eps=config.attack.eps, steps=cfg.steps, restarts=cfg.restarts
-        )
+        self.attack = EvaluationAttack.of(config)
         self.batches = evaluation_batches(
             data, "val", config.data, cfg.batch_size, rank=world.rank, ranks=world.ranks, device=world.device
         )

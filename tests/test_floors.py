@@ -14,7 +14,8 @@ OWNERS = {
     "deepspeed": "oat_dist/engine.py",
     "ffcv": "oat_dist/data/ffcv_io.py",
     "jsonargparse": "oat_dist/config_io.py",
-    "ray": None,
+    "ray": "tune/cluster.py",
+    "optuna": "tune/tpe.py",
 }
 SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
 
