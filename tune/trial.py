@@ -85,11 +85,9 @@ def _run_candidate(
     clock = _Clock()
 
     def tell(epoch: int, points: list[dict], run: pathlib.Path | None) -> None:
-        report({
-            "epoch": epoch, **summary(points, dedicated), "points": points, "run": str(run) if run else None,
-            "seconds": round(clock.seconds, 2), "images_per_s": round(clock.epochs * images_per_epoch /
-                                                                      max(clock.training_s, 1e-9), 1),
-        })  # fmt: skip
+        rate = clock.epochs * images_per_epoch / clock.training_s if clock.epochs else None
+        values = {"epoch": epoch, **summary(points, dedicated), "points": points, "run": str(run) if run else None}
+        report({**values, "seconds": round(clock.seconds, 2), "images_per_s": rate and round(rate, 1)})
 
     def after_epoch(epoch: int, network: ConditionalNetwork) -> None:
         clock.end_epoch()
