@@ -20,11 +20,10 @@ from tests.ranks import run_ranks
 STEPS = 10
 
 
-def make_config(root, *, batch_size=64, norm="linf", seed=0, **engine) -> Config:
+def make_config(root, *, batch_size=64, eps_255=76.5, **engine) -> Config:
     return Config(
-        seed=seed,
         data=DataConfig(root=root, loader="memory", shift_pixels=1),
-        attack=AttackConfig(norm=norm, eps_255=76.5 if norm == "linf" else 300.0, steps=3),
+        attack=AttackConfig(eps_255=eps_255, steps=3),
         optim=OptimConfig(batch_size=batch_size, lr=0.05, epochs=1),
         engine=EngineConfig(sync_statistics=True, **engine),
     )
@@ -81,10 +80,10 @@ ENGINES = {
     "zero 0": {},
     "zero 1": {"zero_stage": 1},
     "zero 2": {"zero_stage": 2},
-    # With seed 0 rounding turns a gradient sign in the fourth step; docs/numerics.md has the seeds.
-    "accumulating": {"accumulation": 2, "seed": 2},
-    # L2: in so small a batch one gradient sign of linf that float32 rounding turns shows in the third digit.
-    "zero 2, accumulating, uneven": {"zero_stage": 2, "accumulation": 2, "batch_size": 27, "norm": "l2"},
+    # A ball of radius 0: with smaller micro-batches it is chance whether float32 rounding turns the sign of some
+    # gradient within ten steps, and then runs drift apart (docs/numerics.md). Float64 above has the whole attack.
+    "accumulating": {"accumulation": 2, "eps_255": 0.0},
+    "zero 2, accumulating, uneven": {"zero_stage": 2, "accumulation": 2, "batch_size": 27, "eps_255": 0.0},
     "bf16": {"precision": "bf16"},
 }
 
