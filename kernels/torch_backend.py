@@ -100,10 +100,8 @@ def reduce_grads(
         dy: [N, C, H, W] gradient of the output.
         y: Output; not read without ReLU.
         x: Input.
-        weight_GC: Affine scale.
-        bias_GC: Affine shift.
-        mean_SC: Statistics of the forward.
-        var_SC: Statistics of the forward, biased variance.
+        weight_GC: Affine scale; `bias_GC` the shift.
+        mean_SC: Statistics of the forward; `var_SC` the biased variance.
         segment_N: Segment of each image.
         groups: Norm group of each segment.
         film_scale_LC: FiLM scale or None.
