@@ -59,14 +59,13 @@ def main(argv: Sequence[str]) -> None:
     config = dataclasses.replace(config, data=data_config)
     data = open_prepared(data_config.root, data_config.dataset)
 
-    world = _world(config.engine.threads)
-    folder = pathlib.Path(args.run) / "eval"
-    stem = world.on_main(lambda: free_stem(folder, f"{args.split}_{attack.name}_{attack.norm}_eps{eps_255:g}"))
-    measure(
-        network.to(world.device), data, attack, lambdas,
-        config=config, split=args.split, batch_size=args.batch_size, world=world, stem=stem,
-    )  # fmt: skip
-    world.close()
+    with _world(config.engine.threads) as world:
+        folder = pathlib.Path(args.run) / "eval"
+        stem = world.on_main(lambda: free_stem(folder, f"{args.split}_{attack.name}_{attack.norm}_eps{eps_255:g}"))
+        measure(
+            network.to(world.device), data, attack, lambdas,
+            config=config, split=args.split, batch_size=args.batch_size, world=world, stem=stem,
+        )  # fmt: skip
 
 
 def _world(threads: int) -> World:

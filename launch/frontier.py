@@ -10,12 +10,16 @@ already is not trained again, and the same command goes on after an interruption
 
 import pathlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from launch import ArgumentParser, run_main
 from oat_dist.config import PAPER_LAMBDAS, Config
 from oat_dist.config_io import load_config
 from oat_dist.data import SPLITS
 from oat_dist.errors import require
+
+if TYPE_CHECKING:
+    from oat_dist.distributed import World
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,22 +44,30 @@ def main(argv: Sequence[str]) -> None:
     require(args.seeds >= 1, "--seeds", args.seeds, "must be at least 1")
     require(args.grid >= 2, "--grid", args.grid, "must be at least 2")
     config = load_config(rest)
-    measure_frontier(config, lambdas, seeds=args.seeds, runs=args.run, grid=args.grid, split=args.split)
+    # A mistake in the arguments is answered before the seconds that this import takes.
+    from oat_dist.engine import init_world
+
+    with init_world(config.engine.threads) as world:
+        measure_frontier(config, lambdas, world, seeds=args.seeds, runs=args.run, grid=args.grid, split=args.split)
 
 
 def measure_frontier(
-    config: Config, lambdas: Sequence[float], *, seeds: int, runs: Sequence[pathlib.Path], grid: int, split: str
+    config: Config,
+    lambdas: Sequence[float],
+    world: "World",
+    *,
+    seeds: int,
+    runs: Sequence[pathlib.Path],
+    grid: int,
+    split: str,
 ) -> None:
     """Train the dedicated networks that are missing, measure all, and compare the runs with them."""
-    # A mistake in the arguments is answered before the seconds that these imports take.
     from oat_dist.comparison import compare, print_comparison, write_comparison
     from oat_dist.dedicated import dedicated_config, find_trained, frontier_file, measure_run, require_same_recipe
-    from oat_dist.engine import init_world
     from oat_dist.evaluation import EvaluationAttack
     from oat_dist.runs import make_folder
     from oat_dist.trainer import open_data, train
 
-    world = init_world(config.engine.threads)
     attack = EvaluationAttack.of(config)
     data = world.on_main(lambda: open_data(config))
     folder = world.on_main(lambda: make_folder(pathlib.Path(config.output_dir) / f"{config.name}_frontier"))
@@ -77,7 +89,6 @@ def measure_frontier(
         paths = write_comparison(comparison, {**about, "networks": networks}, folder / split)
         print_comparison(comparison, about)
         print(*paths, sep="\n")
-    world.close()
 
 
 if __name__ == "__main__":

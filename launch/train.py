@@ -28,9 +28,8 @@ def main(argv: Sequence[str]) -> None:
     from oat_dist.engine import init_world
     from oat_dist.trainer import train
 
-    world = init_world(config.engine.threads)
-    train(config, world)
-    world.close()
+    with init_world(config.engine.threads) as world:
+        train(config, world)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ def default_device() -> torch.device:
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process among all processes of a run."""
+    """This process among all processes of a run; `with world:` leaves the process group at the end."""
 
     rank: int = 0
     """Number of this process, from 0."""
@@ -79,3 +80,12 @@ class World:
         """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        # gloo's threads abort a process that ends without leaving, whatever its exit code; NCCL would wait for the
+        # ranks that did not fail.
+        if kind is None or self.device.type == "cpu":
+            self.close()
