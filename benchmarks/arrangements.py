@@ -29,6 +29,7 @@ from oat_dist.config import Config
 from oat_dist.data import Batch, PreparedData, TrainLoader
 from oat_dist.data.checksum import file_sha256
 from oat_dist.graphed import graph_replay
+from oat_dist.losses import attack_plan
 from oat_dist.models import build_model
 from oat_dist.models.network import ConditionalNetwork
 from oat_dist.optim import build_optimizer
@@ -219,7 +220,7 @@ def _published_step(setting: Setting, *, is_modern: bool) -> Step:
         forward = torch.compile(forward, dynamic=False)
         autocast = lambda: _autocast(setting)  # noqa: E731
     optimizer = build_optimizer(twin.parameters(), config.optim)
-    batches, cfg = draw_batches(setting), config.attack
+    batches, plan = draw_batches(setting), attack_plan(config)
 
     def step(clock: Stopwatch) -> None:
         _, batch, lam_N = next(batches)
@@ -234,7 +235,7 @@ def _published_step(setting: Setting, *, is_modern: bool) -> Step:
             with as_attacked(twin):
                 x_adv = published_attack(
                     lambda images: forward(images, code_NE[num_zero:], 0), x[num_zero:], label_N[num_zero:],
-                    eps=cfg.eps, steps=cfg.steps, step_size=cfg.step_size,
+                    eps=plan.eps, steps=plan.steps, step_size=plan.step_size,
                 )  # fmt: skip
             clock.mark("attack")
             return x_adv

@@ -2,7 +2,8 @@
 
 Projected gradient ascent on the loss within a ball around the image and within [0, 1] (Madry et al., "Towards Deep
 Learning Models Resistant to Adversarial Attacks", ICLR 2018, section 2.1). An attack knows neither network nor lambda:
-who calls it closes over them. What depends on the norm is in `NORMS`, apart from the loop.
+who calls it closes over them. What depends on the norm is in `NORMS`, apart from the loop, and what is made large is
+a `Maximise`.
 
 Letters: N images, C channels, H, W, D = C*H*W, K classes.
 """
@@ -18,8 +19,11 @@ from torch import Tensor, nn
 from oat_dist.config import default_step_size
 from oat_dist.random import draw_keys, normal, uniform
 
-Objective = Callable[[Tensor, Tensor], Tensor]
-"""(logits_NK, label_N) -> scalar that the attack makes large; a sum over images, so that they do not interact."""
+LogitsFn = Callable[[Tensor], Tensor]
+"""[N, C, H, W] images to [N, K] logits, differentiable."""
+Maximise = Callable[[LogitsFn, Tensor, Tensor], Callable[[Tensor, Tensor], Tensor]]
+"""(logits_fn, x, label) -> ((x_adv, logits of x_adv) -> scalar): what an attack makes large. Prepared once per attack,
+where it may look at the clean images; the scalar is a sum over images, so that they do not interact."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +63,48 @@ NORMS = {
 }
 
 
-def cross_entropy_sum(logits_NK: Tensor, label_N: Tensor) -> Tensor:
-    """Sum over images of the cross-entropy, computed in float32 at least."""
-    if logits_NK.dtype in (torch.bfloat16, torch.float16):
-        logits_NK = logits_NK.float()
-    return F.cross_entropy(logits_NK, label_N, reduction="sum")
+def cross_entropy(logits_fn: LogitsFn, x: Tensor, label: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The cross-entropy with the labels, computed in float32 at least."""
+
+    def total(x_adv: Tensor, logits_NK: Tensor) -> Tensor:
+        logits_NK = logits_NK.to(torch.promote_types(logits_NK.dtype, torch.float32))
+        return F.cross_entropy(logits_NK, label, reduction="sum")
+
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackPlan:
+    """Projected gradient ascent, complete; lengths in pixel units of [0, 1]."""
+
+    norm: str
+    """One of `NORMS`."""
+    eps: float
+    """Radius of the ball."""
+    steps: int
+    """Gradient steps; 0 leaves the start as it is."""
+    step_size: float
+    """Length of a step in `norm`."""
+    start: str = "uniform"
+    """`uniform`: a random point of the ball of radius `start_size`; `gaussian`: noise of that deviation; `none`."""
+    start_size: float = 0.0
+    """Radius or standard deviation of the start."""
+    project: bool = True
+    """Bring every iterate back into the ball."""
+    maximise: Maximise = cross_entropy
+    """What is made large."""
+
+    def first_iterate(self, x: Tensor, key: Tensor) -> Tensor:
+        """[N, C, H, W] starts for images, within [0, 1], from [N] keys (`oat_dist.random`)."""
+        if self.start == "none":
+            return x
+        if self.start == "gaussian":
+            return (x + self.start_size * normal(key, tuple(x.shape[1:])).to(x.dtype)).clamp(0, 1)
+        return random_start(x, key, eps=self.start_size, norm=self.norm)
 
 
 def pgd(
-    logits_fn: Callable[[Tensor], Tensor],
+    logits_fn: LogitsFn,
     x: Tensor,
     label: Tensor,
     *,
@@ -76,7 +113,7 @@ def pgd(
     step_size: float | None = None,
     norm: str = "linf",
     start_key: Tensor | None = None,
-    objective: Objective = cross_entropy_sum,
+    maximise: Maximise = cross_entropy,
 ) -> Tensor:
     """Projected gradient ascent.
 
@@ -89,7 +126,7 @@ def pgd(
         step_size: Length of a step in `norm`; default min(1.25 eps, eps + 4/255) / steps.
         norm: "linf" or "l2".
         start_key: [N] keys (`oat_dist.random`) of a random start in the ball; None starts at `x`.
-        objective: What is made large; default: cross-entropy.
+        maximise: What is made large; default: cross-entropy.
 
     Returns:
         [N, C, H, W] adversarial images within [0, 1] and the ball, detached: the last iterate.
@@ -106,9 +143,8 @@ def pgd(
     if len(x) == 0:
         return x
     start = x if start_key is None else random_start(x, start_key, eps=eps, norm=norm)
-    return ascend(
-        logits_fn, x, start, label, eps=eps, steps=steps, step_size=step_size, norm=norm, objective=objective
-    )  # fmt: skip
+    plan = AttackPlan(norm=norm, eps=eps, steps=steps, step_size=step_size, maximise=maximise)
+    return ascend(logits_fn, x, start, label, plan)
 
 
 def random_start(x: Tensor, key: Tensor, *, eps: float, norm: str) -> Tensor:
@@ -116,41 +152,29 @@ def random_start(x: Tensor, key: Tensor, *, eps: float, norm: str) -> Tensor:
     return (x + eps * NORMS[norm].start(key, tuple(x.shape[1:])).to(x.dtype)).clamp(0, 1)
 
 
-def ascend(
-    logits_fn: Callable[[Tensor], Tensor],
-    x: Tensor,
-    start: Tensor,
-    label: Tensor,
-    *,
-    eps: float,
-    steps: int,
-    step_size: float,
-    norm: str,
-    objective: Objective = cross_entropy_sum,
-) -> Tensor:
-    """The loop of `pgd`, from the first iterate to the last: a function of its tensors that waits for nothing.
+def ascend(logits_fn: LogitsFn, x: Tensor, start: Tensor, label: Tensor, plan: AttackPlan) -> Tensor:
+    """The loop of an attack, from the first iterate to the last: a function of its tensors that waits for nothing.
 
     Args:
         logits_fn: As in `pgd`.
         x: [N, C, H, W] images in [0, 1], the centres of the balls.
         start: [N, C, H, W] first iterate.
         label: [N] int64 classes.
-        eps: Radius of the ball.
-        steps: Gradient steps.
-        step_size: Length of a step.
-        norm: One of `NORMS`.
-        objective: What is made large.
+        plan: All else; its start is not used.
 
     Returns:
         [N, C, H, W] last iterate, detached.
     """
-    geometry, x_adv = NORMS[norm], start
-    for _ in range(steps):
+    geometry, x_adv = NORMS[plan.norm], start
+    made_large = plan.maximise(logits_fn, x, label) if plan.steps else None
+    for _ in range(plan.steps):
         with torch.enable_grad():
             x_adv = x_adv.detach().requires_grad_(True)
-            (grad,) = torch.autograd.grad(objective(logits_fn(x_adv), label), x_adv)
-        moved = x_adv.detach() + step_size * geometry.ascent(grad)
-        x_adv = (x + geometry.project(moved - x, eps)).clamp(0, 1)
+            (grad,) = torch.autograd.grad(made_large(x_adv, logits_fn(x_adv)), x_adv)
+        x_adv = x_adv.detach() + plan.step_size * geometry.ascent(grad)
+        if plan.project:
+            x_adv = x + geometry.project(x_adv - x, plan.eps)
+        x_adv = x_adv.clamp(0, 1)
     return x_adv.detach()
 
 

@@ -8,6 +8,9 @@ forward one. With PGD of k steps and attacked share a = 1 - P(lambda = 0), an im
     (1 + a) * (1 + 2)   training forward and backward of itself and its partner
 
 With loss.clean_at_one=false the share of lambda = 1 does not go through the latter itself: (1 + a - P(lambda = 1)) * 3.
+Objectives with more to do say so (`oat_dist.losses.Objective`): passes before the first step of the attack, further
+views in the training forward (3 each), and gradients to images within the loss, which cost one backward pass and, to be
+differentiated, two more.
 
 FLOPs are 2 per multiply-add of convolutions and the classifier. Norms, activations and the FiLM generators, which run
 once per step on the distinct lambdas, are left out, as is the evaluation at the end.
@@ -25,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from oat_dist.config import Config
 from oat_dist.data import open_prepared
+from oat_dist.losses import attack_plan, robust_term
 from oat_dist.models import build_model
 from oat_dist.models.network import ConditionalNetwork
 
@@ -97,12 +101,15 @@ def training_cost(
     networks = [build_model(c, in_channels=in_channels, num_classes=num_classes) for c in (config, plain)]
     attacked = 1 - config.conditioning.mass_at_zero
     clean = 1 if config.loss.clean_at_one else 1 - config.conditioning.mass_at_one
+    objective = robust_term(config)
+    attack_units = 2 * attack_plan(config).steps + sum(objective.attack.preparation)
+    training_units = 3 * (objective.views + objective.input_gradients)
     batches = config.optim.epochs * (num_train_images // config.optim.batch_size)
     return TrainingCost(
         parameters=_num_parameters(networks[0]),
         plain_parameters=_num_parameters(networks[1]),
         forward_flops=forward_flops(networks[0], (in_channels, *image_size)),
-        units_per_image=attacked * config.attack.steps * 2 + (clean + attacked) * 3,
+        units_per_image=attacked * (attack_units + training_units) + clean * 3,
         images=batches * config.optim.batch_size,
     )
 

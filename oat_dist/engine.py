@@ -98,9 +98,9 @@ class Engine:
         if config.engine.compile:
             network.compile()
 
-    def forward(self, x: Tensor, cond: Condition) -> Tensor:
-        """The training forward, under DeepSpeed's autocast."""
-        return self._engine(x, cond)
+    def forward(self, x: Tensor, cond: Condition, **kwargs: bool) -> Tensor | tuple[Tensor, Tensor]:
+        """The training forward of the network, under DeepSpeed's autocast."""
+        return self._engine(x, cond, **kwargs)
 
     def backward_and_step(self, loss_N: Tensor, lr: float) -> None:
         """Backward of one micro-batch; the optimiser moves after the last micro-batch of a step.

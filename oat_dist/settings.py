@@ -5,7 +5,7 @@ Training", NeurIPS 2020 (OAT).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
@@ -36,6 +36,12 @@ class DataConfig:
     set's own (CIFAR, STL-10, folder and npz 4, SVHN 0, digits 1)."""
     flip: bool | None = None
     """Random left-right flip of training images; default: the data set's own (not for SVHN and digits)."""
+    extra: str | None = None
+    """A further prepared data set that every batch has a share of, e.g. with pseudo-labels (launch/pseudo_label.py)."""
+    extra_share: float = 0.5
+    """Share of every batch that comes from `data.extra`; an epoch remains a pass over `data.dataset`."""
+    extra_weight: float = 1.0
+    """Weight of the losses of those images."""
     normalise: bool = False
     """Subtract the training split's mean and divide by its deviation, per channel, inside the network (paper: no)."""
 
@@ -44,6 +50,8 @@ class DataConfig:
         require(self.workers >= 1, "data.workers", self.workers, "must be at least 1")
         ok = self.shift_pixels is None or self.shift_pixels >= 0
         require(ok, "data.shift_pixels", self.shift_pixels, "must be at least 0")
+        require(0 < self.extra_share < 1, "data.extra_share", self.extra_share, "must lie in (0, 1)")
+        require(self.extra_weight >= 0, "data.extra_weight", self.extra_weight, "must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,17 +188,17 @@ class AttackConfig:
     """Norm that bounds the perturbation."""
     eps_255: float = 8.0
     """Radius of the ball in grey levels: 8 is 8/255 of the [0, 1] pixel range (paper, section 4.1)."""
-    steps: int = 7
-    """Gradient steps (paper, section 4.1: PGD-7)."""
+    steps: int | None = None
+    """Gradient steps; default: those of the paper of `loss.robust` (PGD-AT: 7, paper, section 4.1)."""
     step_size_255: float | None = None
-    """Step size in grey levels; default min(1.25 eps, eps + 4) / steps."""
-    random_start: bool = True
-    """Start at a random point of the ball, keyed by seed, epoch and image."""
+    """Step size in grey levels; default: that of the paper of `loss.robust` (PGD-AT: min(1.25 eps, eps + 4)/steps)."""
+    random_start: bool | None = None
+    """Start at a random point, keyed by seed, epoch and image; default: as in the paper of `loss.robust`."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         require(0 <= self.eps_255 < math.inf, "attack.eps_255", self.eps_255, "must be at least 0 and finite")
-        require(self.steps >= 1, "attack.steps", self.steps, "must be at least 1")
+        require(self.steps is None or self.steps >= 1, "attack.steps", self.steps, "must be at least 1")
         ok = self.step_size_255 is None or self.step_size_255 > 0
         require(ok, "attack.step_size_255", self.step_size_255, "must be positive")
 
@@ -199,18 +207,17 @@ class AttackConfig:
         """Radius in pixel units of [0, 1]."""
         return self.eps_255 / 255
 
-    @property
-    def step_size(self) -> float:
-        """Step size in pixel units of [0, 1]."""
-        return default_step_size(self.eps, self.steps) if self.step_size_255 is None else self.step_size_255 / 255
-
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """(1 - lambda) * clean loss + lambda * robust loss (paper, equation 2)."""
 
-    robust: Literal["pgd_at"] = "pgd_at"
-    """Robust term L_a: `pgd_at` is the cross-entropy on the adversarial image."""
+    robust: str = "pgd_at"
+    """Robust term L_a, an objective of `oat_dist.losses`; docs/objectives.md has the list."""
+    settings: dict[str, float] = field(default_factory=dict)
+    """Settings of the objective, e.g. `loss.settings.beta` of TRADES; those left out are its paper's."""
+    condition_on: str | None = None
+    """A setting of the objective that lambda drives: the loss is L_a alone, with lambda times that setting."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes, in both terms."""
     clean_at_one: bool = True

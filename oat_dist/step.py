@@ -8,23 +8,24 @@ images differ. Nothing here waits for the device.
 Letters: N images, A of them with lambda > 0, M of them in the clean part of the joint forward, K classes.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from oat_dist.attacks import ascend, evaluation_mode, random_start
+from oat_dist.adversary import attack_dtype, attack_images, noisy_images
 from oat_dist.config import Config
 from oat_dist.data import Batch
 from oat_dist.graphed import GraphReplay
-from oat_dist.losses import once_for_all_loss, robust_term
-from oat_dist.models.condition import Condition, Frozen
+from oat_dist.losses import Examples, Objective, once_for_all_loss, robust_term, settings_at
+from oat_dist.models.condition import Condition
 from oat_dist.models.network import ConditionalNetwork
 from oat_dist.random import draw_keys
 
-Forward = Callable[[Tensor, Condition], Tensor]
+Forward = Callable[..., Any]
+"""(images, condition, with_features=False) -> logits, or (logits, features)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,46 +58,79 @@ def training_losses(
         lam_N: [N] float64 on the host.
         config: Configuration of the run.
         epoch: Epoch, part of the key of the random starts.
-        forward: The training forward, (images, condition) -> logits; the network itself or an engine around it.
+        forward: The training forward: the network itself or an engine around it.
         replay: Runs the attack as one recorded graph; always the same for one network and configuration.
 
     Returns:
         Per-image losses and counts.
     """
     x, label_N = batch.image_NCHW.contiguous(memory_format=torch.channels_last), batch.label_N
+    objective, condition_on = robust_term(config), config.loss.condition_on
     cond = network.condition(lam_N)
     attacked = slice(cond.num_zero, None)
-    frozen = network.freeze(cond, dtype=_attack_dtype(config.engine.precision)).images(attacked)
-    x_adv = attack_images(
-        network, frozen, x[attacked], label_N[attacked], batch.index_N[attacked], config=config, epoch=epoch,
-        replay=replay,
-    )  # fmt: skip
+    frozen = network.freeze(cond, dtype=attack_dtype(config.engine.precision)).images(attacked)
+    of_attacked = x[attacked], label_N[attacked], batch.index_N[attacked]
+    x_adv = attack_images(network, frozen, *of_attacked, config=config, epoch=epoch, replay=replay)
+    images = _views(x[attacked], x_adv, batch.index_N[attacked], objective, config=config, epoch=epoch)
+    if images[0].requires_grad:
+        x = torch.cat((x[: cond.num_zero], images[0]))
     if config.model.dropout:
         _seed_dropout(config.seed, epoch, batch.index_N)
     clean_M = None if config.loss.clean_at_one else _clean_positions(lam_N, x.device)
     x_clean, clean_label = (x, label_N) if clean_M is None else (x[clean_M], label_N[clean_M])
-    logits = forward(torch.cat((x_clean, x_adv)), cond.joint(clean_M))
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    clean_logits, adv_logits = logits.split((len(x_clean), len(x_adv)))
-    loss_N, clean_loss_M, robust_A = once_for_all_loss(
-        clean_logits,
-        adv_logits,
-        label_N,
-        lam_N.to(logits.device, logits.dtype, non_blocking=True),
-        robust=robust_term(config.loss),
-        label_smoothing=config.loss.label_smoothing,
-        clean_M=clean_M,
+    outputs = _forward(forward, torch.cat((x_clean, *images[1:])), cond.joint(clean_M, objective.views), objective)
+    logits, *features = (part.split((len(x_clean), *map(len, images[1:]))) for part in outputs)
+    lam_N = lam_N.to(x.device, logits[0].dtype, non_blocking=True)
+    clean_logits_AK = logits[0][attacked] if clean_M is None else None
+    robust_A = objective.loss(
+        Examples(
+            label_A=label_N[attacked],
+            settings=settings_at(objective, condition_on, lam_N[attacked]),
+            label_smoothing=config.loss.label_smoothing,
+            **_parts("image_ACHW", images),
+            **_parts("logits_AK", (clean_logits_AK, *logits[1:])),
+            **(_parts("features_AF", (features[0][0][attacked], features[0][1])) if features else {}),
+        )
     )
-    with torch.no_grad():
-        counts = {
-            "loss": loss_N.sum(),
-            "loss_clean": clean_loss_M.sum(),
-            "loss_robust": robust_A.sum(),
-            "correct_clean": (clean_logits.argmax(1) == clean_label).sum(),
-            "correct_robust": (adv_logits.argmax(1) == label_N[attacked]).sum(),
-        }
+    loss_N, clean_loss_M = once_for_all_loss(
+        logits[0], robust_A, label_N, lam_N, label_smoothing=config.loss.label_smoothing, clean_M=clean_M,
+        is_driven=condition_on is not None,
+    )  # fmt: skip
+    counts = {
+        "loss": loss_N.sum(),
+        "loss_clean": clean_loss_M.sum(),
+        "loss_robust": robust_A.sum(),
+        "correct_clean": (logits[0].argmax(1) == clean_label).sum(),
+        "correct_robust": (logits[1].argmax(1) == label_N[attacked]).sum(),
+    }
     counts = {key: value.detach() for key, value in counts.items()}
     return StepLosses(loss_N=loss_N, counts=counts, num_clean=len(x_clean))
+
+
+def _views(
+    x: Tensor, x_adv: Tensor, index: Tensor, objective: Objective, *, config: Config, epoch: int
+) -> tuple[Tensor, ...]:
+    """(clean, adversarial) or (clean, adversarial, noisy) images of the attacked ones.
+
+    Those that are not adversarial require a gradient where it is part of the loss.
+    """
+    views = [x]
+    if "noisy_logits" in objective.needs:
+        views.append(noisy_images(x, index, config=config, epoch=epoch))
+    if objective.input_gradients:
+        views = [image.detach().requires_grad_(True) for image in views]
+    return (views[0], x_adv, *views[1:])
+
+
+def _parts(name: str, views: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+    """Fields of `Examples` for what there is of each view."""
+    return dict(zip((f"clean_{name}", f"adversarial_{name}", f"noisy_{name}"), views, strict=False))
+
+
+def _forward(forward: Forward, x: Tensor, cond: Condition, objective: Objective) -> list[Tensor]:
+    """[logits], or [logits, features] for an objective that needs them, in float32 at least."""
+    output = forward(x, cond, with_features=True) if "features" in objective.needs else (forward(x, cond),)
+    return [part.to(torch.promote_types(part.dtype, torch.float32)) for part in output]
 
 
 def _clean_positions(lam_N: Tensor, device: torch.device) -> Tensor:
@@ -111,63 +145,3 @@ def _seed_dropout(seed: int, epoch: int, index_N: Tensor) -> None:
     draw, masks change with the number of ranks and with the device.
     """
     torch.manual_seed(draw_keys(seed, "dropout", epoch, index_N[:1]).tolist()[0])
-
-
-def attack_images(
-    network: ConditionalNetwork,
-    frozen: Frozen,
-    x: Tensor,
-    label: Tensor,
-    index: Tensor,
-    *,
-    config: Config,
-    epoch: int,
-    replay: GraphReplay | None = None,
-) -> Tensor:
-    """Adversarial partners of images by the attack of the configuration, under its autocast.
-
-    Args:
-        network: The network; it is in evaluation mode during the attack and in its own mode again after.
-        frozen: The network as constants, with the lambda of each image.
-        x: [A, C, H, W] images in [0, 1].
-        label: [A] classes.
-        index: [A] dataset indices on the host, for the keys of the random starts.
-        config: Configuration of the run.
-        epoch: Part of the key.
-        replay: Runs it as one recorded graph; always the same for one network and configuration.
-
-    Returns:
-        [A, C, H, W] adversarial images.
-    """
-    cfg = config.attack
-    if len(x) == 0:
-        return x
-    start = x
-    if cfg.random_start:
-        key = draw_keys(config.seed, "random start", epoch, index.to(x.device, non_blocking=True))
-        start = random_start(x, key, eps=cfg.eps, norm=cfg.norm)
-
-    def last_iterate(tensors: Sequence[Tensor]) -> Tensor:
-        x, start, label, *constants = tensors
-        told = frozen.with_tensors(constants)
-        return ascend(
-            lambda images: network.attack_logits(images, told), x, start, label,
-            eps=cfg.eps, steps=cfg.steps, step_size=cfg.step_size, norm=cfg.norm,
-        )  # fmt: skip
-
-    tensors = [x, start, label, *frozen.tensors()]
-    with evaluation_mode(network), _attack_autocast(x.device, config.engine.precision):
-        return last_iterate(tensors) if replay is None else replay(last_iterate, tensors)
-
-
-def _attack_dtype(precision: str) -> torch.dtype | None:
-    """What the frozen weights are cast to, once per step; None keeps theirs."""
-    return torch.bfloat16 if precision == "bf16" else None
-
-
-def _attack_autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """bfloat16 autocast for `bf16`, nothing for `fp32`."""
-    if precision == "bf16":
-        # The cache would only hold on to a copy of every iterate: the weights have the right dtype.
-        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
-    return contextlib.nullcontext()

@@ -51,7 +51,7 @@ def train(config: Config, world: World, after_epoch: AfterEpoch | None = None) -
         UserError: The configuration asks for something that is not there or cannot be.
         NonFiniteError: A loss or a weight stopped being finite; on every rank.
     """
-    robust_term(config.loss)
+    robust_term(config)
     if config.engine.compile:
         require_compiler(world.device)
     data = world.on_main(lambda: open_data(config))

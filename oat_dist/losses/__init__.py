@@ -1,7 +1,22 @@
-"""Objectives: per-image losses. `ROBUST` names the robust terms L_a, `once_for_all` weighs them by lambda."""
+"""Objectives: per-image losses. One file per method; `ROBUST` holds the robust terms L_a by name."""
 
-from oat_dist.losses.objective import ROBUST, Objective, robust_term
+from oat_dist.losses import pgd_at, trades
+from oat_dist.losses.objective import ROBUST, AttackDefaults, Examples, Objective, register
 from oat_dist.losses.once_for_all import once_for_all_loss
-from oat_dist.losses.pgd_at import pgd_at_loss
+from oat_dist.losses.selection import attack_plan, robust_term, settings_at
 
-__all__ = ["ROBUST", "Objective", "once_for_all_loss", "pgd_at_loss", "robust_term"]
+METHODS = (pgd_at, trades)
+"""The files that register themselves on import."""
+
+__all__ = [
+    "METHODS",
+    "ROBUST",
+    "AttackDefaults",
+    "Examples",
+    "Objective",
+    "attack_plan",
+    "once_for_all_loss",
+    "register",
+    "robust_term",
+    "settings_at",
+]

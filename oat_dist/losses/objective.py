@@ -1,38 +1,138 @@
-"""The robust terms L_a by name, and what each needs to know."""
+"""What a robust term L_a is: its loss on examples, its paper's attack, its own settings, and what it needs.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+A method is one file of this package that makes an `Objective` and hands it to `register`. The step gives the loss an
+`Examples` with exactly what the objective declares.
 
+Letters: A attacked images, C, H, W, K classes, F features.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from oat_dist.config import LossConfig
-from oat_dist.errors import UserError
-from oat_dist.losses.pgd_at import pgd_at_loss
+from oat_dist.attacks import Maximise, cross_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """The attacked images of a micro-batch after the one training forward; what was not asked for is None."""
+
+    label_A: Tensor
+    """int64 classes."""
+    adversarial_logits_AK: Tensor
+    """Logits of the adversarial images."""
+    settings: Mapping[str, float | Tensor]
+    """The objective's settings; one that lambda drives is an [A] tensor."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes, where the method has a cross-entropy on labels."""
+    clean_logits_AK: Tensor | None = None
+    """Logits of the clean images."""
+    clean_features_AF: Tensor | None = None
+    """Penultimate features of the clean images."""
+    adversarial_features_AF: Tensor | None = None
+    """Penultimate features of the adversarial images."""
+    clean_image_ACHW: Tensor | None = None
+    """Clean images; with `input_gradient` their gradients can be asked for."""
+    adversarial_image_ACHW: Tensor | None = None
+    """Adversarial images, without a graph."""
+    noisy_image_ACHW: Tensor | None = None
+    """Uniform random points of the balls; with `input_gradient` their gradients can be asked for."""
+    noisy_logits_AK: Tensor | None = None
+    """Logits of those."""
+
+    def cross_entropy(self, logits_AK: Tensor) -> Tensor:
+        """[A] cross-entropies with the labels, smoothed as configured."""
+        return F.cross_entropy(logits_AK, self.label_A, reduction="none", label_smoothing=self.label_smoothing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackDefaults:
+    """The inner maximisation as the paper of a method has it; every number can be set in the `attack` section."""
+
+    steps: int = 7
+    """Gradient steps; 0 leaves the start as it is."""
+    step_share: float | None = None
+    """Step size as a share of eps; None: min(1.25 eps, eps + 4/255) / steps."""
+    start: Literal["uniform", "gaussian", "none"] = "uniform"
+    """Random start: uniform in a ball around the image, Gaussian noise on it, or the image itself."""
+    start_size: float = 1.0
+    """Radius of the uniform start as a share of eps; standard deviation of the Gaussian one in pixel units."""
+    project: bool = True
+    """Whether every iterate is brought back into the ball."""
+    maximise: Maximise = cross_entropy
+    """What the attack makes large."""
+    preparation: tuple[int, int] = (0, 0)
+    """Forward and backward passes per image of `maximise` before the first step."""
+    single_step: bool = False
+    """Whether another number of steps would be another method."""
+
+
+Need = Literal["clean_logits", "features", "input_gradient", "noisy_logits", "extra_data"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """One robust term."""
+    """One robust term: the complete published loss of a method."""
 
-    fn: Callable[..., Tensor]
-    """(clean_logits_NK or None, adversarial_logits_NK, label_N, *, label_smoothing) -> [N] losses."""
-    needs_clean_logits: bool
-    """Whether `fn` uses the clean logits, of every attacked image."""
+    name: str
+    """Value of `loss.robust`."""
+    source: str
+    """Paper and equation."""
+    loss: Callable[[Examples], Tensor]
+    """Examples to [A] losses."""
+    attack: AttackDefaults = field(default_factory=AttackDefaults)
+    """The paper's attack."""
+    settings: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    """Settings of the method, `loss.settings.NAME`, and their defaults."""
+    conditionable: tuple[str, ...] = ()
+    """Settings that lambda may drive (`loss.condition_on`): at 0 the objective is the clean cross-entropy."""
+    needs: frozenset[Need] = frozenset()
+    """`clean_logits`, `features`; `input_gradient`: gradients to the images with a graph, so operators that
+    are differentiable twice; `noisy_logits`: a third forward, of a random point of the ball; `extra_data`."""
+
+    def __post_init__(self) -> None:
+        """Check that the declaration is sound."""
+        unknown = set(self.conditionable) - set(self.settings)
+        if unknown:
+            raise ValueError(f"conditionable={self.conditionable}: {sorted(unknown)[0]} is no setting of {self.name}")
+
+    @property
+    def views(self) -> int:
+        """Images besides the clean one that each attacked image has in the training forward."""
+        return 2 if "noisy_logits" in self.needs else 1
+
+    @property
+    def input_gradients(self) -> int:
+        """Images per attacked image whose gradient is part of the loss: the clean one, and a noisy one if there is."""
+        return self.views if "input_gradient" in self.needs else 0
 
 
-ROBUST = {"pgd_at": Objective(fn=pgd_at_loss, needs_clean_logits=False)}
+ROBUST: dict[str, Objective] = {}
+"""Registered objectives by name."""
 
 
-def robust_term(cfg: LossConfig) -> Objective:
-    """The robust term of a configuration.
+def register(objective: Objective) -> Objective:
+    """Make an objective a value of `loss.robust`.
 
     Raises:
-        UserError: It needs clean logits that `loss.clean_at_one` leaves out.
+        ValueError: Another objective has its name.
     """
-    objective = ROBUST[cfg.robust]
-    if objective.needs_clean_logits and not cfg.clean_at_one:
-        raise UserError(
-            f"loss.clean_at_one=False: must be true with loss.robust={cfg.robust}, which needs the clean logits of "
-            "every attacked image"
-        )
+    if ROBUST.setdefault(objective.name, objective) is not objective:
+        raise ValueError(f"name={objective.name!r}: there is an objective of this name; choose another")
     return objective
+
+
+def kl_divergence(target_logits_AK: Tensor, logits_AK: Tensor) -> Tensor:
+    """[A] Kullback-Leibler divergences KL(softmax(target) || softmax(logits)); gradients flow to both."""
+    log_p, log_q = F.log_softmax(target_logits_AK, 1), F.log_softmax(logits_AK, 1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+def input_gradient(losses_A: Tensor, *images: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of the sum of losses with respect to images, with a graph (so that they can be trained)."""
+    return torch.autograd.grad(losses_A.sum(), images, create_graph=True)

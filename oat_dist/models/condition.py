@@ -34,11 +34,12 @@ class Condition:
     sync: bool = False
     """Share batch statistics over all ranks."""
 
-    def joint(self, clean_M: Tensor | None = None) -> "Condition":
-        """The condition of cat(clean images, adversarial partners of those with lambda > 0).
+    def joint(self, clean_M: Tensor | None = None, views: int = 1) -> "Condition":
+        """The condition of cat(clean images, adversarial partners of those with lambda > 0, further views of them).
 
         Args:
             clean_M: [M] int64 positions of the clean images that take part, increasing; None: all.
+            views: Images that each image with lambda > 0 has beside the clean one; all are of the adversarial segment.
         """
         if not self.zeros_first:
             raise ValueError("lam: images with lambda = 0 must come first in a batch that gets adversarial partners")
@@ -49,8 +50,8 @@ class Condition:
         adversarial = torch.full_like(self.segment_N[self.num_zero :], len(self.group_of_segment) - 1)
         return replace(
             self,
-            row_N=torch.cat((row, partner_row)),
-            segment_N=torch.cat((segment, adversarial)),
+            row_N=torch.cat((row, *[partner_row] * views)),
+            segment_N=torch.cat((segment, *[adversarial] * views)),
         )
 
 

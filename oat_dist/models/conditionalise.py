@@ -85,6 +85,10 @@ class ConditionalisedNetwork(ConditionalNetwork):
         with self._told.holding(cond):
             return self.module(x)
 
+    def _features(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
+        name = type(self.module).__name__
+        raise UserError(f"module {name}: does not say which of its values are the penultimate features; use a network")
+
 
 class _Told:
     """The condition of the forward that runs now, if one does."""

@@ -6,7 +6,7 @@
     logits = network(torch.cat((x, x_adv)), cond.joint())     the one training forward
 
 A subclass builds its layers from `_conv`, `_norm` and `nn.Linear`, then calls `_number_sites`, and defines
-`_logits(x, cond)`, which gets the images after pixel normalisation.
+`_features(x, cond)`, which gets the images after pixel normalisation, and `classifier`, which takes what it returns.
 
 Images are made channels last in memory, as the operators of `kernels` want them; so are the convolution weights of
 `build_model` and those of a frozen network. Files hold plain tensors; loading keeps the layout that is there.
@@ -65,15 +65,24 @@ class ConditionalNetwork(nn.Module):
             raise UserError(f"pixel_mean={list(mean)}, pixel_std={list(std)}: expected finite means, deviations > 0")
         self.pixel_mean, self.pixel_std = mean_C, std_C
 
-    def forward(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
-        """Logits [N, K] of images [N, C, H, W] in [0, 1]."""
+    def forward(
+        self, x: Tensor, cond: Condition | Frozen, *, with_features: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [N, K] of images [N, C, H, W] in [0, 1]; with `with_features` also the penultimate features [N, F]."""
         x = x.contiguous(memory_format=torch.channels_last)
         if self.pixel_mean is not None:
             x = (x - self.pixel_mean[:, None, None]) / self.pixel_std[:, None, None]
+        if with_features:
+            features = self._features(x, cond)
+            return self.classifier(features), features
         return self._logits(x, cond)
 
     def _logits(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
-        """Logits of normalised images; the subclass's."""
+        """Logits [N, K] of normalised images."""
+        return self.classifier(self._features(x, cond))
+
+    def _features(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
+        """Penultimate features [N, F] of normalised images; the subclass's."""
         raise NotImplementedError
 
     def _conv(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:

@@ -78,8 +78,8 @@ class PreActResNet(ConditionalNetwork):
         self.classifier = nn.Linear(channels, num_classes)
         self._number_sites()
 
-    def _logits(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
+    def _features(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
         out = self.stem(x)
         for block in self.blocks:
             out = block(out, cond)
-        return self.classifier(self.final_norm(out, cond).mean((2, 3)))
+        return self.final_norm(out, cond).mean((2, 3))

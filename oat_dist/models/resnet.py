@@ -67,8 +67,8 @@ class ResNet(ConditionalNetwork):
         self.classifier = nn.Linear(channels, num_classes)
         self._number_sites()
 
-    def _logits(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
+    def _features(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
         out = self.stem_norm(self.stem(x), cond)
         for block in self.blocks:
             out = block(out, cond)
-        return self.classifier(out.mean((2, 3)))
+        return out.mean((2, 3))

@@ -7,13 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.published_step import published, published_forward
-from oat_dist import losses
 from oat_dist import step as step_module
 from oat_dist.config import ConditioningConfig, Config, LossConfig
 from oat_dist.cost import training_cost
 from oat_dist.distributed import World
 from oat_dist.errors import UserError
-from oat_dist.losses import Objective, robust_term
+from oat_dist.losses import robust_term
 from oat_dist.step import training_losses
 from oat_dist.step_log import StepLog
 from tests.oat_dist.test_step import disturbed, make, make_batch
@@ -102,12 +101,10 @@ def test_images_that_are_kept_move_the_statistics_and_change_no_weight_of_the_lo
     assert torch.equal(results[0][1][0], results[1][1][0]), "lambda = 0 has statistics of its own"
 
 
-def test_an_objective_that_needs_clean_logits_is_refused_by_both_keys(monkeypatch):
-    needy = Objective(fn=losses.pgd_at_loss, needs_clean_logits=True)
-    monkeypatch.setitem(losses.ROBUST, "pgd_at", needy)
-    assert robust_term(LossConfig()) is needy
-    with pytest.raises(UserError, match=r"^loss.clean_at_one=False: must be true with loss.robust=pgd_at, .*needs"):
-        robust_term(LossConfig(clean_at_one=False))
+def test_an_objective_that_needs_clean_logits_is_refused_by_both_keys():
+    assert robust_term(Config(loss=LossConfig(robust="trades"))).name == "trades"
+    with pytest.raises(UserError, match=r"^loss.clean_at_one=False: must be true with loss.robust=trades, .*needs"):
+        robust_term(Config(loss=LossConfig(robust="trades", clean_at_one=False)))
 
 
 def test_means_go_over_the_images_they_are_about():

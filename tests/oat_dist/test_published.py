@@ -9,6 +9,7 @@ import torch
 from oat_dist.config import PAPER_LAMBDAS, Config
 from oat_dist.config_io import load_config
 from oat_dist.data import Batch
+from oat_dist.losses import attack_plan
 from oat_dist.models import build_model
 from oat_dist.step import training_losses
 
@@ -54,14 +55,10 @@ def test_the_recipe_is_the_published_one(name):
     assert (optim.optimizer, optim.lr, optim.momentum, optim.nesterov) == ("sgd", 0.1, 0.9, False)
     assert (optim.weight_decay, optim.epochs, optim.batch_size, optim.schedule) == (5e-4, 200, 128, "cosine")
     assert (optim.ema_decay, optim.warmup_share, optim.clip_norm) == (0, 0, 0)
-    attack = config.attack
-    assert (attack.norm, attack.eps, attack.steps, attack.step_size) == (
-        "linf",
-        8 / 255,
-        7,
-        pytest.approx(10 / 255 / 7),
-    )
-    assert attack.random_start
+    attack = attack_plan(config)
+    assert (attack.norm, attack.eps, attack.steps) == ("linf", 8 / 255, 7)
+    assert attack.step_size == pytest.approx(10 / 255 / 7)
+    assert (attack.start, attack.start_size, attack.project) == ("uniform", 8 / 255, True)
     told = config.conditioning
     assert told.lambdas == PAPER_LAMBDAS and told.mass_at_zero == pytest.approx(1 / 6)
     assert (told.encoding, told.encoding_width, told.film_start, told.norm) == ("orthogonal", 128, "paper", "dual")

@@ -11,6 +11,7 @@ from benchmarks.published_step import published, three_call_step
 from oat_dist import step as step_module
 from oat_dist.config import AttackConfig, ConditioningConfig, Config, LossConfig, ModelConfig
 from oat_dist.data import Batch
+from oat_dist.losses import attack_plan
 from oat_dist.models import MODELS, build_model
 from oat_dist.models.preact_resnet import PreActResNet
 from oat_dist.step import training_losses
@@ -110,11 +111,12 @@ def test_adversarial_images_come_from_the_frozen_network_of_the_step_before():
     network.load_state_dict(before)
     network.eval()
     x_adv = batch.image_NCHW[1:].clone()
-    for _ in range(config.attack.steps):
+    plan = attack_plan(config)
+    for _ in range(plan.steps):
         x_adv = x_adv.detach().requires_grad_(True)
         logits = network(x_adv, network.condition(lam[1:]))
         torch.nn.functional.cross_entropy(logits, batch.label_N[1:], reduction="sum").backward()
-        moved = x_adv.detach() + config.attack.step_size * x_adv.grad.sign()
+        moved = x_adv.detach() + plan.step_size * x_adv.grad.sign()
         clean = batch.image_NCHW[1:]
         x_adv = (clean + (moved - clean).clamp(-config.attack.eps, config.attack.eps)).clamp(0, 1)
     assert torch.equal(received[0][:4], batch.image_NCHW)
