@@ -1,0 +1,169 @@
+"""Every objective, dedicated and once-for-all, on one recipe: SA, RA, seconds and images per second in one table.
+
+    python benchmarks/objectives.py [--objectives trades mart] [--modes dedicated once_for_all] [--docs]
+    python benchmarks/objectives.py --config launch/configs/cifar10_8k_wrn10_2.yaml --objectives pgd_at trades mart \
+        --modes once_for_all --docs [--section.field=value ...]
+
+"dedicated" is the objective alone (lambda = 1, no FiLM, one norm), "once_for_all" the same configuration with its own
+conditioning; a standard network (lambda = 0 alone) stands in the first row. Attacks are those of the papers at the eps
+of the configuration. An objective that needs extra data gets half of the training images with their labels, and the
+other half with those that a standard network trained on the first half gives them: such a row sees half the labels.
+A run that is there already is not trained again, so the same command goes on. Writes
+benchmarks/results/objectives_<name of the configuration>.csv.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from table import RESULTS, describe, environment, markdown, put_into_docs, save
+
+from launch import prepare_data, pseudo_label
+from oat_dist.config import Config, fingerprint
+from oat_dist.config_io import load_config
+from oat_dist.data import PreparedData
+from oat_dist.dedicated import find_trained
+from oat_dist.distributed import World
+from oat_dist.engine import init_world
+from oat_dist.losses import ROBUST
+from oat_dist.runs import load_run
+from oat_dist.trainer import open_data, train
+
+MODES = ("dedicated", "once_for_all")
+LAMBDAS = (0.0, 0.2, 1.0)
+
+
+def settings_of(objective: str, mode: str) -> dict[str, Any]:
+    """Settings that make a run of the table from the common configuration.
+
+    Args:
+        objective: One of `oat_dist.losses.ROBUST`.
+        mode: One of `MODES`.
+    """
+    settings: dict[str, Any] = {"loss.robust": objective}
+    if mode == "once_for_all":
+        return settings | {"evaluation.lambdas": list(LAMBDAS)}
+    settings |= alone(1.0)
+    # The objective as published has no clean images where its loss has none.
+    return settings | {"loss.clean_at_one": bool(ROBUST[objective].needs & {"clean_logits", "input_gradient"})}
+
+
+def alone(lam: float) -> dict[str, Any]:
+    """Settings of a network of one lambda, without conditioning."""
+    told = {"conditioning.lambdas": [lam], "conditioning.film": "none", "conditioning.norm": "single"}
+    return told | {"evaluation.lambdas": [lam]}
+
+
+class Table:
+    """Runs of one recipe, trained where they are missing."""
+
+    def __init__(self, argv: Sequence[str], world: World) -> None:
+        """Read the recipe.
+
+        Args:
+            argv: Arguments of `load_config`.
+            world: This process.
+        """
+        self.argv, self.world = list(argv), world
+        self.base = load_config(self.argv)
+
+    def row(self, objective: str, mode: str, settings: Mapping[str, Any]) -> dict[str, object]:
+        """Train and measure one network, or read what was measured."""
+        config = load_config(self.argv, {"name": f"{self.base.name}-{objective}-{mode}", **settings})
+        data = open_data(config)
+        start = time.perf_counter()
+        run = find_trained(config, data)
+        if run is None:
+            run = train(config, self.world)
+            seconds = round(time.perf_counter() - start, 1)
+            (run / "seconds.json").write_text(json.dumps(seconds))
+        points = json.loads((run / "frontier.json").read_text())["points"]
+        row: dict[str, object] = {"objective": objective, "mode": mode}
+        for lam in LAMBDAS:
+            point = next((p for p in points if p["lam"] == lam), {})
+            for key in ("sa", "ra"):
+                row[f"{key}_{lam:g}"] = round(100 * point[key], 2) if point else None
+        row |= {"seconds": json.loads((run / "seconds.json").read_text()), "images_per_s": images_per_s(run)}
+        row |= {"seed": config.seed, "test_images": data.counts["test"], "fingerprint": fingerprint(config)}
+        print(row, file=sys.stderr, flush=True)
+        return row
+
+    def with_half_the_labels(self) -> dict[str, Any]:
+        """Data settings of a run with half of the labels: the other half are a standard network's."""
+        root, name = pathlib.Path(self.base.data.root), self.base.data.dataset
+        labelled, extra = f"{name}-half", f"{name}-half-extra"
+        whole = open_data(self.base)
+        if not (root / labelled / "dataset.json").exists():
+            _write_half(whole, root, labelled)
+        if not (root / extra / "dataset.json").exists():
+            config = load_config(self.argv, {"name": labelled, "data.dataset": labelled, **alone(0.0)})
+            run = find_trained(config, open_data(config)) or train(config, self.world)
+            pseudo_label.main([f"--run={run}", f"--images=npz:{root / labelled}.npz", f"--name={extra}",
+                               f"--out={root}"])  # fmt: skip
+        return {"data.dataset": labelled, "data.extra": extra}
+
+
+def images_per_s(run: pathlib.Path) -> float:
+    """Training images per second of a run, its steps weighed by their time."""
+    lines = [json.loads(line) for line in (run / "timings.jsonl").read_text().splitlines()]
+    config: Config = load_run(run)[0]
+    return round(lines[-1]["step"] * config.optim.batch_size / lines[-1]["elapsed_s"], 1)
+
+
+def _write_half(whole: PreparedData, root: pathlib.Path, name: str) -> None:
+    """A data set of every second training image, and NAME.npz with the others as x_unlabeled."""
+    split = {part: safetensors.numpy.load_file(whole.file(part, "memory")) for part in ("train", "val", "test")}
+    x, y = split["train"]["image"], split["train"]["label"]
+    archive = root / f"{name}.npz"
+    np.savez(
+        archive,
+        x_train=np.concatenate((x[::2], split["val"]["image"])),
+        y_train=np.concatenate((y[::2], split["val"]["label"])),
+        x_test=split["test"]["image"],
+        y_test=split["test"]["label"],
+        x_unlabeled=x[1::2],
+    )
+    prepare_data.main([f"npz:{archive}", f"--name={name}", f"--val={whole.counts['val']}", f"--out={root}"])
+
+
+def report(rows: Sequence[Mapping[str, object]], conditions: Mapping[str, object]) -> str:
+    """The table and its conditions."""
+    left_out = ("seed", "test_images", "fingerprint")
+    text = markdown([{key: value for key, value in row.items() if key not in left_out} for row in rows])
+    about = {key: rows[0][key] for key in ("seed", "test_images")}
+    return f"{text}\n\n{describe({**about, **conditions})}"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train what is missing, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--objectives", nargs="+", choices=sorted(ROBUST), default=list(ROBUST))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--docs", action="store_true", help="put the table into docs/reproduction.md")
+    args, rest = parser.parse_known_args(argv)
+    if not any(argument.startswith("--config") for argument in rest):
+        rest = ["--config=launch/configs/digits.yaml", "--data.loader=memory", *rest]
+    threads = load_config(rest).engine.threads
+    with init_world(threads) as world:
+        table = Table(rest, world)
+        rows = [table.row("standard", "dedicated", alone(0.0))]
+        for mode in args.modes:
+            for objective in args.objectives:
+                more = table.with_half_the_labels() if "extra_data" in ROBUST[objective].needs else {}
+                rows.append(table.row(objective, mode, settings_of(objective, mode) | more))
+        conditions = environment(world.device)
+    text = report(rows, conditions)
+    print(text)
+    save([row | conditions for row in rows], RESULTS / f"objectives_{table.base.name}.csv")
+    if args.docs:
+        put_into_docs(f"objectives {table.base.name}", text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
