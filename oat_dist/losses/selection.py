@@ -64,6 +64,9 @@ def _check_attack(objective: Objective, attack: AttackConfig) -> None:
     if attack.random_start is False and defaults.maximise is not cross_entropy:
         expected = f"must be true (or left out) with loss.robust={objective.name}, whose attack has no gradient at x"
         raise UserError(f"attack.random_start=False: {expected}")
+    if attack.random_start is False and defaults.steps == 0:
+        expected = f"must be true (or left out) with loss.robust={objective.name}, which perturbs by its start alone"
+        raise UserError(f"attack.random_start=False: {expected}")
 
 
 def attack_plan(config: Config) -> AttackPlan:
