@@ -139,7 +139,7 @@ def predicted_labels(network: ConditionalNetwork, images_NHWC: np.ndarray, lam: 
         [N] int64 classes and [N] float64 probabilities of them.
     """
     device = next(network.parameters()).device
-    x = torch.from_numpy(images_NHWC).to(device).permute(0, 3, 1, 2).to(torch.float32) / 255
+    x = torch.tensor(images_NHWC).to(device).permute(0, 3, 1, 2).to(torch.float32) / 255
     confidence_N, label_N = network.predict(x, lam).double().softmax(1).max(1)
     return label_N.cpu().numpy(), confidence_N.cpu().numpy()
 

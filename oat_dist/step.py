@@ -137,7 +137,7 @@ def _forward(forward: Forward, x: Tensor, cond: Condition, objective: Objective)
 
 def _weights(batch: Batch, extra_weight: float) -> Tensor:
     """[N] float64 on the host: weights of the losses of a batch with images of `data.extra`."""
-    return torch.where(batch.is_extra_N, extra_weight, 1.0).double()
+    return torch.ones(len(batch.index_N), dtype=torch.float64).masked_fill(batch.is_extra_N, extra_weight)
 
 
 def _clean_positions(lam_N: Tensor, device: torch.device) -> Tensor:
