@@ -49,6 +49,9 @@ def attack_images(
     plan = attack_plan(config)
     start = plan.first_iterate(x, _keys("random start", x, index, config=config, epoch=epoch))
 
+    if plan.steps == 0:
+        return start
+
     def last_iterate(tensors: Sequence[Tensor]) -> Tensor:
         x, start, label, *constants = tensors
         told = frozen.with_tensors(constants)

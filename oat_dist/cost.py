@@ -68,7 +68,7 @@ class TrainingCost:
     units_per_image: float
     """Forward units for one image of a training batch."""
     images: int
-    """Images of all batches of the run."""
+    """Images of all batches of the run, those of `data.extra` with them."""
 
     @property
     def units(self) -> float:
@@ -91,7 +91,7 @@ def training_cost(
         in_channels: Channels of the images.
         image_size: (H, W) of the images.
         num_classes: Classes.
-        num_train_images: Images of the training split; an epoch leaves out the incomplete batch.
+        num_train_images: Images of the training split of `data.dataset`; an epoch leaves out the incomplete batch.
 
     Returns:
         The cost; shares of lambda are the configured ones, a batch rounds its number of zeros up.
@@ -104,7 +104,7 @@ def training_cost(
     objective = robust_term(config)
     attack_units = 2 * attack_plan(config).steps + sum(objective.attack.preparation)
     training_units = 3 * (objective.views + objective.input_gradients)
-    batches = config.optim.epochs * (num_train_images // config.optim.batch_size)
+    batches = config.optim.epochs * config.steps_per_epoch(num_train_images)
     return TrainingCost(
         parameters=_num_parameters(networks[0]),
         plain_parameters=_num_parameters(networks[1]),

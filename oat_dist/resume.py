@@ -5,11 +5,13 @@ A run is unfinished while it has no frontier.json. Only one process at a time tr
 """
 
 import fcntl
+import json
 import pathlib
 from typing import IO
 
 from oat_dist.config import Config, computed_settings, fingerprint
 from oat_dist.config_io import read_config
+from oat_dist.data import PreparedData
 from oat_dist.errors import UserError
 
 
@@ -73,6 +75,48 @@ def find_unfinished(config: Config) -> pathlib.Path | None:
     if differing:
         raise UserError(f"checkpoint.resume={resume!r}: made with other settings: {', '.join(differing)}")
     return run
+
+
+def train_checksum(data: PreparedData) -> str:
+    """sha256 of the training split, which stands for the whole data set."""
+    return data.sha256["train.safetensors"]
+
+
+def other_data(run: pathlib.Path, data: PreparedData, extra: PreparedData | None) -> str | None:
+    """Which training images of a run are not those of today.
+
+    Args:
+        run: Folder of the run.
+        data: Today's data set of `data.dataset`.
+        extra: Today's data set of `data.extra`.
+
+    Returns:
+        The key of the setting that names them; None if a run of today has the same.
+    """
+    try:
+        provenance = json.loads((run / "provenance.json").read_text())
+        theirs = {key: provenance.get(key, {}).get("sha256", {}) for key in ("data", "extra_data")}
+    except (OSError, ValueError, AttributeError):
+        return "data.dataset"
+    for key, setting, now in (("data", "data.dataset", data), ("extra_data", "data.extra", extra)):
+        if theirs[key].get("train.safetensors") != (train_checksum(now) if now else None):
+            return setting
+    return None
+
+
+def require_same_data(run: pathlib.Path, data: PreparedData, extra: PreparedData | None) -> None:
+    """Refuse to go on with a run on other images than it began with.
+
+    Raises:
+        UserError: A data set was prepared anew with other content; arguments as in `other_data`.
+    """
+    key = other_data(run, data, extra)
+    if key is not None:
+        name = data.name if key == "data.dataset" or extra is None else extra.name
+        raise UserError(
+            f"{key}={name!r}: its training images are not those that {run}/provenance.json has the sha256 of; prepare "
+            "them as they were, or start a separate run with checkpoint.resume=never"
+        )
 
 
 def is_finished(run: pathlib.Path) -> bool:

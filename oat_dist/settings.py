@@ -39,9 +39,10 @@ class DataConfig:
     extra: str | None = None
     """A further prepared data set that every batch has a share of, e.g. with pseudo-labels (launch/pseudo_label.py)."""
     extra_share: float = 0.5
-    """Share of every batch that comes from `data.extra`; an epoch remains a pass over `data.dataset`."""
+    """Share of every batch that comes from `data.extra`, rounded up to images; an epoch remains a pass over
+    `data.dataset` (robust self-training: half)."""
     extra_weight: float = 1.0
-    """Weight of the losses of those images."""
+    """Weight of the losses of those images (robust self-training: 1)."""
     normalise: bool = False
     """Subtract the training split's mean and divide by its deviation, per channel, inside the network (paper: no)."""
 
@@ -51,7 +52,8 @@ class DataConfig:
         ok = self.shift_pixels is None or self.shift_pixels >= 0
         require(ok, "data.shift_pixels", self.shift_pixels, "must be at least 0")
         require(0 < self.extra_share < 1, "data.extra_share", self.extra_share, "must lie in (0, 1)")
-        require(self.extra_weight >= 0, "data.extra_weight", self.extra_weight, "must be at least 0")
+        ok = 0 <= self.extra_weight < math.inf
+        require(ok, "data.extra_weight", self.extra_weight, "must be at least 0 and finite")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ class StepLosses:
     """Losses of one micro-batch and what is counted for the log."""
 
     loss_N: Tensor
-    """Once-for-all loss of each image, with a graph."""
+    """Once-for-all loss of each image, with a graph; of extra images times `data.extra_weight`."""
     counts: dict[str, Tensor]
     """Scalars on the device, to be summed over images, micro-batches and ranks."""
     num_clean: int
@@ -96,6 +96,8 @@ def training_losses(
         logits[0], robust_A, label_N, lam_N, label_smoothing=config.loss.label_smoothing, clean_M=clean_M,
         is_driven=condition_on is not None,
     )  # fmt: skip
+    if config.data.extra is not None:
+        loss_N = loss_N * _weights(batch, config.data.extra_weight).to(loss_N.device, loss_N.dtype, non_blocking=True)
     counts = {
         "loss": loss_N.sum(),
         "loss_clean": clean_loss_M.sum(),
@@ -131,6 +133,11 @@ def _forward(forward: Forward, x: Tensor, cond: Condition, objective: Objective)
     """[logits], or [logits, features] for an objective that needs them, in float32 at least."""
     output = forward(x, cond, with_features=True) if "features" in objective.needs else (forward(x, cond),)
     return [part.to(torch.promote_types(part.dtype, torch.float32)) for part in output]
+
+
+def _weights(batch: Batch, extra_weight: float) -> Tensor:
+    """[N] float64 on the host: weights of the losses of a batch with images of `data.extra`."""
+    return torch.ones(len(batch.index_N), dtype=torch.float64).masked_fill(batch.is_extra_N, extra_weight)
 
 
 def _clean_positions(lam_N: Tensor, device: torch.device) -> Tensor:

@@ -26,7 +26,7 @@ from oat_dist.models.init_from import initialise_from
 from oat_dist.models.network import ConditionalNetwork
 from oat_dist.optim import AveragedNetwork, learning_rate
 from oat_dist.progress import progress_bar
-from oat_dist.resume import RunLock, find_unfinished
+from oat_dist.resume import RunLock, find_unfinished, require_same_data
 from oat_dist.step import training_losses
 from oat_dist.step_log import StepLog
 from oat_dist.validation import Validator
@@ -55,9 +55,10 @@ def train(config: Config, world: World, after_epoch: AfterEpoch | None = None) -
     if config.engine.compile:
         require_compiler(world.device)
     data = world.on_main(lambda: open_data(config))
+    extra = world.on_main(lambda: _open_extra(config, data))
     loader = TrainLoader(data, config, rank=world.rank, ranks=world.ranks, device=world.device)
     lock = RunLock()
-    run, checkpoint = world.on_main(lambda: _open_run(config, data, world, lock))
+    run, checkpoint = world.on_main(lambda: _open_run(config, data, extra, world, lock))
     try:
         training = Training(config, data, loader, world=world, run=run, checkpoint=checkpoint)
         training.fit(after_epoch)
@@ -95,15 +96,24 @@ def open_data(config: Config) -> PreparedData:
     return data
 
 
+def _open_extra(config: Config, data: PreparedData) -> PreparedData | None:
+    """The data set of `data.extra`, with its training split checked."""
+    extra = data_sets.open_extra(data, config.data)
+    if extra is not None:
+        extra.file("train", config.data.loader)
+    return extra
+
+
 def _open_run(
-    config: Config, data: PreparedData, world: World, lock: RunLock
+    config: Config, data: PreparedData, extra: PreparedData | None, world: World, lock: RunLock
 ) -> tuple[pathlib.Path, Checkpoint | None]:
     """On the main rank: the locked folder of a new run, or of an unfinished one with its newest checkpoint."""
     run = find_unfinished(config)
     if run is None:
-        run = runs.create_run(config, data, deepspeed_config(config, world.ranks), world.ranks)
+        run = runs.create_run(config, data, deepspeed_config(config, world.ranks), world.ranks, extra=extra)
         lock.take(run)
         return run, None
+    require_same_data(run, data, extra)
     lock.take(run)
     checkpoint = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep).newest()
     step = checkpoint.step if checkpoint else 0

@@ -1,11 +1,11 @@
 """Objectives: per-image losses. One file per method; `ROBUST` holds the robust terms L_a by name."""
 
-from oat_dist.losses import pgd_at, trades
+from oat_dist.losses import pgd_at, rst, trades
 from oat_dist.losses.objective import ROBUST, AttackDefaults, Examples, Objective, register
 from oat_dist.losses.once_for_all import once_for_all_loss
 from oat_dist.losses.selection import attack_plan, robust_term, settings_at
 
-METHODS = (pgd_at, trades)
+METHODS = (pgd_at, rst, trades)
 """The files that register themselves on import."""
 
 __all__ = [

@@ -59,10 +59,14 @@ def _check_settings(objective: Objective, loss: LossConfig) -> None:
 def _check_attack(objective: Objective, attack: AttackConfig) -> None:
     defaults = objective.attack
     if attack.steps is not None and attack.steps != defaults.steps and (defaults.single_step or defaults.steps == 0):
-        expected = f"must be {defaults.steps} (or left out) with loss.robust={objective.name}"
+        right = f"{defaults.steps} (or left out)" if defaults.steps else "left out"
+        expected = f"must be {right} with loss.robust={objective.name}"
         raise UserError(f"attack.steps={attack.steps}: {expected}")
     if attack.random_start is False and defaults.maximise is not cross_entropy:
         expected = f"must be true (or left out) with loss.robust={objective.name}, whose attack has no gradient at x"
+        raise UserError(f"attack.random_start=False: {expected}")
+    if attack.random_start is False and defaults.steps == 0:
+        expected = f"must be true (or left out) with loss.robust={objective.name}, which perturbs by its start alone"
         raise UserError(f"attack.random_start=False: {expected}")
 
 
