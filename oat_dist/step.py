@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from oat_dist.adversary import attack_dtype, attack_images, noisy_images
+from oat_dist.attacks import at_least_float32
 from oat_dist.config import Config
 from oat_dist.data import Batch
 from oat_dist.graphed import GraphReplay
@@ -78,7 +79,9 @@ def training_losses(
         _seed_dropout(config.seed, epoch, batch.index_N)
     clean_M = None if config.loss.clean_at_one else _clean_positions(lam_N, x.device)
     x_clean, clean_label = (x, label_N) if clean_M is None else (x[clean_M], label_N[clean_M])
-    outputs = _forward(forward, torch.cat((x_clean, *images[1:])), cond.joint(clean_M, objective.views), objective)
+    outputs = _forward(
+        forward, torch.cat((x_clean, *images[1:])), cond.joint(clean_M, objective.view_statistics), objective
+    )
     logits, *features = (part.split((len(x_clean), *map(len, images[1:]))) for part in outputs)
     lam_N = lam_N.to(x.device, logits[0].dtype, non_blocking=True)
     clean_logits_AK = logits[0][attacked] if clean_M is None else None
@@ -117,7 +120,7 @@ def _views(
     views = [x]
     if "noisy_logits" in objective.needs:
         views.append(noisy_images(x, index, config=config, epoch=epoch))
-    if objective.input_gradients:
+    if objective.has_input_gradient:
         views = [image.detach().requires_grad_(True) for image in views]
     return (views[0], x_adv, *views[1:])
 
@@ -130,7 +133,7 @@ def _parts(name: str, views: Sequence[Tensor | None]) -> dict[str, Tensor | None
 def _forward(forward: Forward, x: Tensor, cond: Condition, objective: Objective) -> list[Tensor]:
     """[logits], or [logits, features] for an objective that needs them, in float32 at least."""
     output = forward(x, cond, with_features=True) if "features" in objective.needs else (forward(x, cond),)
-    return [part.to(torch.promote_types(part.dtype, torch.float32)) for part in output]
+    return [at_least_float32(part) for part in output]
 
 
 def _clean_positions(lam_N: Tensor, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ Letters: A attacked images.
 """
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -32,6 +33,9 @@ def robust_term(config: Config) -> Objective:
     if "extra_data" in objective.needs:
         expected = f"must name a data set with pseudo-labels, which loss.robust={loss.robust} trains on"
         require(config.data.extra is not None, "data.extra", config.data.extra, expected)
+    if objective.has_input_gradient and config.engine.compile:
+        expected = f"must be false with loss.robust={loss.robust}, whose gradients are differentiated once more"
+        raise UserError(f"engine.compile=True: {expected}")
     _check_attack(objective, config.attack)
     return replace(objective, settings={**objective.settings, **loss.settings})
 
@@ -44,7 +48,9 @@ def _check_settings(objective: Objective, loss: LossConfig) -> None:
             its = ", ".join(f"loss.settings.{name}" for name in objective.settings) or "none"
             belongs = f"belongs to {', '.join(owners)}; " if owners else ""
             raise UserError(f"loss.settings.{key}={value}: {belongs}the settings of loss.robust={loss.robust}: {its}")
-        require(value >= 0, f"loss.settings.{key}", value, "must be at least 0")
+        most = 1 if key in objective.at_most_one else math.inf
+        expected = "must be at least 0 and finite" if most == math.inf else f"must lie in [0, {most}]"
+        require(0 <= value <= most and value < math.inf, f"loss.settings.{key}", value, expected)
     if loss.condition_on is not None and loss.condition_on not in objective.conditionable:
         its = ", ".join(objective.conditionable) or "none of its settings"
         raise UserError(
