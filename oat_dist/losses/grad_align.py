@@ -6,8 +6,9 @@ cross-entropy and e uniform in the ball,
     l(x') + weight (1 - cos(grad l(x), grad l(x + e))),    x' = x + eps sign(grad l(x)), without a random start
 
 and weight 0.2, theirs on CIFAR-10 at eps = 8/255. Gradients flow through both inputs of the cosine, as the equation has
-it; their code stops them at the first. It also steps by 1.25 eps, which from x, within the linf ball, is the same. x + e
-stays in [0, 1] here. The cosine is left out where a gradient is 0, as in their code. Letters as in `objective.py`.
+it; their code stops them at the first. It also steps by 1.25 eps, which from x, within the linf ball, is the same.
+x + e stays in [0, 1] here. The cosine is left out where a gradient is 0, as in their code. Letters as in
+`objective.py`.
 """
 
 import torch

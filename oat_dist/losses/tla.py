@@ -32,8 +32,8 @@ def tla_loss(examples: Examples) -> Tensor:
     # The one place where a step waits for the device: without a negative there is no triplet.
     if bool(same_AA.all()):
         raise UserError(
-            f"optim.batch_size: all {len(loss_A)} attacked images of a micro-batch are of one class, and loss.robust=tla "
-            "needs two: a larger batch, or smaller engine.accumulation"
+            f"optim.batch_size: all {len(loss_A)} attacked images of a micro-batch are of one class, and "
+            "loss.robust=tla needs two: a larger batch, or smaller engine.accumulation"
         )
     a_AF, clean_AF = examples.adversarial_features_AF, examples.clean_features_AF
     with torch.no_grad():
