@@ -3,7 +3,7 @@
 from oat_dist.losses import alp, fgsm, fgsm_rs, grad_align, llr, mart, min_max, n_fgsm, pgd_at, tla, trades
 from oat_dist.losses.objective import ROBUST, AttackDefaults, Examples, Objective, register, unregister
 from oat_dist.losses.once_for_all import once_for_all_loss
-from oat_dist.losses.selection import attack_plan, robust_term, settings_at
+from oat_dist.losses.selection import attack_plan, find_objective, require_setting, robust_term, settings_at
 
 METHODS = (fgsm, min_max, pgd_at, alp, trades, mart, llr, tla, fgsm_rs, n_fgsm, grad_align)
 """The files that register themselves on import."""
@@ -15,8 +15,10 @@ __all__ = [
     "Examples",
     "Objective",
     "attack_plan",
+    "find_objective",
     "once_for_all_loss",
     "register",
+    "require_setting",
     "robust_term",
     "settings_at",
     "unregister",

@@ -24,11 +24,7 @@ def robust_term(config: Config) -> Objective:
         UserError: There is no such objective, or a setting does not go with it.
     """
     loss = config.loss
-    if loss.robust not in ROBUST:
-        near = difflib.get_close_matches(loss.robust, ROBUST, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(ROBUST))}"
-        raise UserError(f"loss.robust={loss.robust}: no such objective; {hint}")
-    objective = ROBUST[loss.robust]
+    objective = find_objective(loss.robust)
     _check_settings(objective, loss)
     if "extra_data" in objective.needs:
         expected = f"must name a data set with pseudo-labels, which loss.robust={loss.robust} trains on"
@@ -38,6 +34,35 @@ def robust_term(config: Config) -> Objective:
         raise UserError(f"engine.compile=True: {expected}")
     _check_attack(objective, config.attack)
     return replace(objective, settings={**objective.settings, **loss.settings})
+
+
+def find_objective(name: str) -> Objective:
+    """The objective of a name, with its default settings.
+
+    Raises:
+        UserError: There is none.
+    """
+    if name not in ROBUST:
+        near = difflib.get_close_matches(name, ROBUST, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(ROBUST))}"
+        raise UserError(f"loss.robust={name}: no such objective; {hint}")
+    return ROBUST[name]
+
+
+def require_setting(key: str) -> None:
+    """Check that some objective has a setting.
+
+    Args:
+        key: Its dotted key, `loss.settings.NAME`.
+
+    Raises:
+        UserError: None has.
+    """
+    known = sorted({f"loss.settings.{name}" for objective in ROBUST.values() for name in objective.settings})
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise UserError(f"{key}: no objective has this setting; {hint}")
 
 
 def _check_settings(objective: Objective, loss: LossConfig) -> None:
