@@ -14,14 +14,13 @@ x + e stays in [0, 1] here. The cosine is left out where a gradient is 0, as in 
 import torch
 from torch import Tensor
 
-from oat_dist.losses.objective import AttackDefaults, Examples, Objective, direction, input_gradient, register
+from oat_dist.losses.objective import AttackDefaults, Examples, Objective, direction, register
 
 
 def grad_align_loss(examples: Examples) -> Tensor:
     """[A] CE(adversarial) + weight (1 - cosine of the gradients at the clean and the noisy image)."""
-    clean_A, noisy_A = map(examples.cross_entropy, (examples.clean_logits_AK, examples.noisy_logits_AK))
-    grads = input_gradient(clean_A + noisy_A, examples.clean_image_ACHW, examples.noisy_image_ACHW)
-    at_clean_AF, at_noisy_AF = (direction(grad.flatten(1)) for grad in grads)
+    gradients = (examples.clean_gradient_ACHW, examples.noisy_gradient_ACHW)
+    at_clean_AF, at_noisy_AF = (direction(gradient.flatten(1)) for gradient in gradients)
     is_zero_A = (at_clean_AF == 0).all(1) | (at_noisy_AF == 0).all(1)
     misalignment_A = torch.where(is_zero_A, 0, 1 - (at_clean_AF * at_noisy_AF).sum(1))
     robust_A = examples.cross_entropy(examples.adversarial_logits_AK)

@@ -19,14 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oat_dist.attacks import at_least_float32
-from oat_dist.losses.objective import AttackDefaults, Examples, Objective, input_gradient, register
+from oat_dist.losses.objective import AttackDefaults, Examples, Objective, register
 
 
 def llr_loss(examples: Examples) -> Tensor:
     """[A] CE(clean) + weight (linearity g + gradient |slope|)."""
     clean_A = examples.cross_entropy(examples.clean_logits_AK)
-    (grad_ACHW,) = input_gradient(clean_A, examples.clean_image_ACHW)
-    slope_A = _along(examples.adversarial_image_ACHW - examples.clean_image_ACHW.detach(), grad_ACHW)
+    slope_A = _along(examples.adversarial_image_ACHW - examples.clean_image_ACHW, examples.clean_gradient_ACHW)
     distance_A = (examples.cross_entropy(examples.adversarial_logits_AK) - clean_A - slope_A).abs()
     settings = examples.settings
     penalty_A = settings["linearity"] * distance_A + settings["gradient"] * slope_A.abs()

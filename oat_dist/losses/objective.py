@@ -36,14 +36,22 @@ class Examples:
     """Penultimate features of the clean images."""
     adversarial_features_AF: Tensor | None = None
     """Penultimate features of the adversarial images."""
+    noisy_features_AF: Tensor | None = None
+    """Penultimate features of the noisy images."""
     clean_image_ACHW: Tensor | None = None
-    """Clean images; with `input_gradient` their gradients can be asked for."""
+    """Clean images."""
     adversarial_image_ACHW: Tensor | None = None
-    """Adversarial images, without a graph."""
+    """Adversarial images."""
     noisy_image_ACHW: Tensor | None = None
-    """Uniform random points of the balls; with `input_gradient` their gradients can be asked for."""
+    """Uniform random points of the balls."""
     noisy_logits_AK: Tensor | None = None
     """Logits of those."""
+    clean_gradient_ACHW: Tensor | None = None
+    """Gradient of the summed cross-entropies of clean and noisy images to the clean ones, with a graph."""
+    adversarial_gradient_ACHW: Tensor | None = None
+    """The same to the adversarial images: 0, or what these do to others through shared batch statistics."""
+    noisy_gradient_ACHW: Tensor | None = None
+    """The same to the noisy images."""
 
     def cross_entropy(self, logits_AK: Tensor) -> Tensor:
         """[A] cross-entropies with the labels, smoothed as configured."""
@@ -95,8 +103,8 @@ class Objective:
     conditionable: tuple[str, ...] = ()
     """Settings that lambda may drive (`loss.condition_on`): at 0 the objective is the clean cross-entropy."""
     needs: frozenset[Need] = frozenset()
-    """`clean_logits`, `features`; `input_gradient`: gradients to the images with a graph, so operators that
-    are differentiable twice; `noisy_logits`: a third forward, of a random point of the ball; `extra_data`."""
+    """`clean_logits`, `features`; `noisy_logits`: a third forward, of a random point of the ball; `input_gradient`: of
+    the cross-entropy, to the clean image and the noisy one if there is, with a graph; `extra_data`."""
     adversarial_statistics: Statistics = "own"
     """Batch statistics of the adversarial images in the training forward: `own`, as in a call of their own, or `clean`,
     common ones with the clean images, for a loss that compares values of one and the same function of the image."""
@@ -148,11 +156,6 @@ def kl_divergence(target_logits_AK: Tensor, logits_AK: Tensor) -> Tensor:
     """[A] Kullback-Leibler divergences KL(softmax(target) || softmax(logits)); gradients flow to both."""
     log_p, log_q = F.log_softmax(target_logits_AK, 1), F.log_softmax(logits_AK, 1)
     return (log_p.exp() * (log_p - log_q)).sum(1)
-
-
-def input_gradient(losses_A: Tensor, *images: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of the sum of losses with respect to images, with a graph (so that they can be trained)."""
-    return torch.autograd.grad(losses_A.sum(), images, create_graph=True)
 
 
 def direction(v_AF: Tensor) -> Tensor:

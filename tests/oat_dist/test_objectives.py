@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from oat_dist.errors import UserError
 from oat_dist.losses import METHODS, ROBUST, Examples
@@ -88,13 +89,13 @@ def softplus(z: float) -> float:
 def local_linearity(settings=None) -> tuple[float, float, float, float]:
     """(loss, l, d' grad l, g) of one pixel x = 1, x' = 1.5 under logits (x^2, 0): l(x) = log(1 + e^(-x^2))."""
     x, x_adv = (torch.full((1, 1, 1, 1), v, dtype=torch.float64) for v in (1.0, 1.5))
-    x.requires_grad_(True)
     clean, adversarial = (torch.stack(((i**2).flatten(), torch.zeros(1).double()), 1) for i in (x, x_adv))
+    gradient = -2 / (1 + math.e)
     got = loss(
-        "llr", label_A=torch.tensor([0]), clean_logits_AK=clean, adversarial_logits_AK=adversarial,
-        clean_image_ACHW=x, adversarial_image_ACHW=x_adv, settings=settings,
+        "llr", label_A=torch.tensor([0]), clean_logits_AK=clean, adversarial_logits_AK=adversarial, settings=settings,
+        clean_image_ACHW=x, adversarial_image_ACHW=x_adv, clean_gradient_ACHW=torch.full_like(x, gradient),
     )  # fmt: skip
-    slope = 0.5 * (-2 / (1 + math.e))
+    slope = 0.5 * gradient
     return got.item(), softplus(-1), slope, abs(softplus(-2.25) - softplus(-1) - slope)
 
 
@@ -111,20 +112,19 @@ def test_local_linearity_without_its_first_term_is_clean_loss_and_slope():
     assert local_linearity({"weight": 0.0})[0] == pytest.approx(clean, rel=1e-14)
 
 
-def aligned(x, noisy, settings=None) -> float:
-    """Gradient alignment for two pixels under logits (x0 x1, 0), whose input gradient is along (x1, x0)."""
-    images = [double(v).view(1, 2, 1, 1).requires_grad_(True) for v in (x, noisy)]
-    clean, other = (torch.stack((i.prod(1).flatten(), torch.zeros(1).double()), 1) for i in images)
+def aligned(at_clean, at_noisy, settings=None) -> float:
+    """Gradient alignment for two pixels, from the gradients there."""
+    gradients = [double(v).view(1, 2, 1, 1) for v in (at_clean, at_noisy)]
     return loss(
-        "grad_align", label_A=torch.tensor([0]), clean_logits_AK=clean, noisy_logits_AK=other, settings=settings,
-        clean_image_ACHW=images[0], noisy_image_ACHW=images[1], adversarial_logits_AK=double((0.0, LN2)),
+        "grad_align", label_A=torch.tensor([0]), adversarial_logits_AK=double((0.0, LN2)), settings=settings,
+        clean_gradient_ACHW=gradients[0], noisy_gradient_ACHW=gradients[1],
     ).item()  # fmt: skip
 
 
 def test_gradient_alignment_is_adversarial_loss_and_one_minus_the_cosine():
     cosine = (2 * 2 + 1 * 2) / (math.sqrt(5) * math.sqrt(8))
-    assert aligned((1.0, 2.0), (2.0, 2.0)) == pytest.approx(math.log(3) + 0.2 * (1 - cosine), rel=1e-12)
-    assert aligned((1.0, 2.0), (2.0, -1.0), {"weight": 0.5}) == pytest.approx(math.log(3) + 0.5, rel=1e-12)
+    assert aligned((2.0, 1.0), (2.0, 2.0)) == pytest.approx(math.log(3) + 0.2 * (1 - cosine), rel=1e-12)
+    assert aligned((2.0, 1.0), (-1.0, 2.0), {"weight": 0.5}) == pytest.approx(math.log(3) + 0.5, rel=1e-12)
 
 
 def test_gradient_alignment_leaves_out_images_whose_gradient_is_zero():
@@ -204,11 +204,14 @@ def test_gradients_to_weights_through_input_gradients_are_those_of_finite_differ
     first, second = (torch.randn(*s, generator=gen, dtype=torch.float64) for s in ((5, 4), (3, 5)))
 
     def fn(first, second):
-        images = [image.clone().requires_grad_(True) for image in (x, noisy)]
+        images, label = [image.clone().requires_grad_(True) for image in (x, noisy)], torch.tensor([0, 2, 1])
         clean, other, adversarial = (torch.tanh(i.flatten(1) @ first.T) @ second.T for i in (*images, x_adv))
+        total = F.cross_entropy(clean, label, reduction="sum") + F.cross_entropy(other, label, reduction="sum")
+        at_clean, at_noisy = torch.autograd.grad(total, images, create_graph=True)
         return loss(
-            name, label_A=torch.tensor([0, 2, 1]), clean_logits_AK=clean, adversarial_logits_AK=adversarial,
-            noisy_logits_AK=other, clean_image_ACHW=images[0], noisy_image_ACHW=images[1], adversarial_image_ACHW=x_adv,
+            name, label_A=label, clean_logits_AK=clean, adversarial_logits_AK=adversarial, noisy_logits_AK=other,
+            clean_image_ACHW=x, noisy_image_ACHW=noisy, adversarial_image_ACHW=x_adv,
+            clean_gradient_ACHW=at_clean, noisy_gradient_ACHW=at_noisy,
         )  # fmt: skip
 
     assert torch.autograd.gradcheck(fn, (first.requires_grad_(True), second.requires_grad_(True)))
