@@ -58,10 +58,11 @@ def require_setting(key: str) -> None:
     Raises:
         UserError: None has.
     """
-    known = sorted({f"loss.settings.{name}" for objective in ROBUST.values() for name in objective.settings})
-    if key not in known:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+    known = sorted({name for objective in ROBUST.values() for name in objective.settings})
+    name = key.rpartition(".")[2]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        hint = f"did you mean loss.settings.{near[0]}?" if near else f"there are {', '.join(known)}"
         raise UserError(f"{key}: no objective has this setting; {hint}")
 
 

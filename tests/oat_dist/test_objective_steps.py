@@ -168,8 +168,8 @@ def test_a_micro_batch_without_attacked_images_is_clean_training(name):
     assert network.stem.weight.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", sorted({*ROBUST} - {"tla"}))
-def test_no_operator_of_any_objective_makes_the_host_wait(name, monkeypatch):
+@pytest.mark.parametrize("name", ["trades", "mart", "llr", "grad_align"])
+def test_no_operator_of_an_objective_makes_the_host_wait(name, monkeypatch):
     config = make_config(name)
     network, batch = disturbed(config), make_batch(len(LAM))
     cond = network.condition(LAM)
