@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from oat_dist.losses import METHODS, ROBUST, Objective
+from oat_dist.losses import METHODS, Objective
 
 BEGIN, END = "<!-- python -m oat_dist.losses -->", "<!-- end -->"
 
@@ -35,8 +35,8 @@ def passes(objective: Objective) -> Passes:
 def table() -> str:
     """All objectives of the package as a Markdown table."""
     names = ("`loss.robust`", "source", "settings", "attack", "needs", "forward", "backward", "second backward")
-    objectives = (ROBUST[method.__name__.rpartition(".")[2]] for method in METHODS)
-    rows = [names, ("---",) * len(names), *map(_row, objectives)]
+    found = (value for method in METHODS for value in vars(method).values() if isinstance(value, Objective))
+    rows = [names, ("---",) * len(names), *map(_row, {objective.name: objective for objective in found}.values())]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

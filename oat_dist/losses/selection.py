@@ -70,7 +70,7 @@ def _check_settings(objective: Objective, loss: LossConfig) -> None:
     """Every setting belongs to the objective, and lambda may drive what it is asked to."""
     for key, value in loss.settings.items():
         if key not in objective.settings:
-            owners = [name for name, other in ROBUST.items() if key in other.settings]
+            owners = sorted(name for name, other in ROBUST.items() if key in other.settings)
             its = ", ".join(f"loss.settings.{name}" for name in objective.settings) or "none"
             belongs = f"belongs to {', '.join(owners)}; " if owners else ""
             raise UserError(f"loss.settings.{key}={value}: {belongs}the settings of loss.robust={loss.robust}: {its}")

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from oat_dist.config import AttackConfig, ConditioningConfig, Config, LossConfig
+from oat_dist.config import AttackConfig, ConditioningConfig, Config, DataConfig, LossConfig
 from oat_dist.cost import forward_flops, training_cost
 from oat_dist.losses import ROBUST
 from oat_dist.losses.__main__ import passes
@@ -29,15 +29,24 @@ WRITTEN_OUT = {
     "fgsm_rs": ((1, 1), False, 1),
     "n_fgsm": ((1, 1), False, 1),
     "grad_align": ((1, 1), True, 2),
+    "rst_adv": ((1 + 10, 10), True, 1),
+    "rst_stab": ((0, 0), True, 1),
 }
 DIFFERENTIATED = ("llr", "grad_align")
 MIXED = (0.0, 0.0, 0.1, 1.0, 1.0, 0.4)
 
 
+def data_of(name: str) -> DataConfig:
+    """Names extra data where the objective trains on some; nothing is read."""
+    return DataConfig(extra="more" if "extra_data" in ROBUST[name].needs else None)
+
+
 def dedicated(name: str, **loss) -> Config:
     conditioning = ConditioningConfig(lambdas=(1.0,), film="none", norm="single")
     clean_at_one = WRITTEN_OUT[name][1] if "clean_at_one" not in loss else loss.pop("clean_at_one")
-    return Config(conditioning=conditioning, loss=LossConfig(robust=name, clean_at_one=clean_at_one, **loss))
+    return Config(
+        conditioning=conditioning, data=data_of(name), loss=LossConfig(robust=name, clean_at_one=clean_at_one, **loss)
+    )
 
 
 def counted(config: Config, lam) -> tuple[int, int, int]:
@@ -79,7 +88,7 @@ def test_passes_of_mixed_lambdas_are_those_of_the_attacked_images_and_all_clean_
     (forwards, backwards), _, others = WRITTEN_OUT[name]
     trained = 6 + 4 * others
     second = trained if name in DIFFERENTIATED else 0
-    config = Config(loss=LossConfig(robust=name))
+    config = Config(data=data_of(name), loss=LossConfig(robust=name))
     assert counted(config, MIXED) == (4 * forwards + trained, 4 * backwards + trained + second, second)
 
 
@@ -92,7 +101,7 @@ def test_the_declared_cost_is_that_of_the_passes(name):
     assert cost.units_per_image == pytest.approx(forwards + backwards + unit * (needs_clean + others))
     # Half of the images attacked.
     conditioning = ConditioningConfig(lambdas=(0.0, 1.0))
-    cost = training_cost(Config(loss=LossConfig(robust=name), conditioning=conditioning), **shape)
+    cost = training_cost(Config(data=data_of(name), loss=LossConfig(robust=name), conditioning=conditioning), **shape)
     assert cost.units_per_image == pytest.approx(0.5 * (forwards + backwards) + unit * (1 + 0.5 * others))
 
 

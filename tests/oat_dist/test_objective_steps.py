@@ -18,6 +18,7 @@ from oat_dist.models import norm as norm_module
 from oat_dist.optim import build_optimizer
 from oat_dist.random import draw_keys
 from oat_dist.step import training_losses
+from tests.oat_dist.test_objective_passes import data_of
 from tests.oat_dist.test_step import _NoWaiting, disturbed, make, make_batch
 
 LAM = torch.tensor([0, 0, 0.1, 0.4, 1, 1, 0.4], dtype=torch.float64)
@@ -28,9 +29,9 @@ EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
 def make_config(name: str, norm="dual", eps_255=30.0, **loss) -> Config:
     """A short attack, where the number of steps is open."""
-    steps = None if ROBUST[name].attack.single_step else 2
+    steps = None if ROBUST[name].attack.single_step or ROBUST[name].attack.steps == 0 else 2
     attack = AttackConfig(eps_255=eps_255, steps=steps)
-    return dataclasses.replace(make(norm=norm), attack=attack, loss=LossConfig(robust=name, **loss))
+    return dataclasses.replace(make(norm=norm), data=data_of(name), attack=attack, loss=LossConfig(robust=name, **loss))
 
 
 def a_step(config: Config, network=None, dtype=torch.float64):
