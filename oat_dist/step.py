@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from oat_dist.adversary import attack_dtype, attack_images, noisy_images
+from oat_dist.attacks import AttackPlan
 from oat_dist.config import Config
 from oat_dist.data import Batch
 from oat_dist.graphed import GraphReplay
@@ -48,6 +49,7 @@ def training_losses(
     config: Config,
     epoch: int,
     forward: Forward,
+    plan: AttackPlan | None = None,
     replay: GraphReplay | None = None,
 ) -> StepLosses:
     """Losses of a micro-batch.
@@ -59,7 +61,8 @@ def training_losses(
         config: Configuration of the run.
         epoch: Epoch, part of the key of the random starts.
         forward: The training forward: the network itself or an engine around it.
-        replay: Runs the attack as one recorded graph; always the same for one network and configuration.
+        plan: The attack; default: that of the configuration.
+        replay: Runs the attack as one recorded graph; always the same for one network and plan.
 
     Returns:
         Per-image losses and counts.
@@ -70,7 +73,7 @@ def training_losses(
     attacked = slice(cond.num_zero, None)
     frozen = network.freeze(cond, dtype=attack_dtype(config.engine.precision)).images(attacked)
     of_attacked = x[attacked], label_N[attacked], batch.index_N[attacked]
-    x_adv = attack_images(network, frozen, *of_attacked, config=config, epoch=epoch, replay=replay)
+    x_adv = attack_images(network, frozen, *of_attacked, config=config, epoch=epoch, plan=plan, replay=replay)
     images = _views(x[attacked], x_adv, batch.index_N[attacked], objective, config=config, epoch=epoch)
     if images[0].requires_grad:
         x = torch.cat((x[: cond.num_zero], images[0]))
