@@ -13,7 +13,7 @@ views in the training forward (3 each), and gradients to images within the loss:
 training forward and, to be differentiated, two more, so 6 instead of 3.
 
 FLOPs are 2 per multiply-add of convolutions and the classifier. Norms, activations and the FiLM generators, which run
-once per step on the distinct lambdas, are left out, as is the evaluation at the end.
+once per step on the distinct lambdas, are left out, as are the evaluation at the end and the checks of attack.guard.
 """
 
 import copy

@@ -2,11 +2,14 @@
 
 {"model": ..., "dataset": ..., "split": ..., "num_examples": n, "attack": {...},
 "points": [{"lam": 0.0, "sa": 0.99, "ra": 0.05}, ...]}          accuracies are fractions in [0, 1]
+
+With "collapse" (`oat_dist.guard.Collapse`) where the guard stepped in while the network was trained.
 """
 
 import json
 import pathlib
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +19,7 @@ from oat_dist.config import Config
 from oat_dist.data import PreparedData, evaluation_batches
 from oat_dist.distributed import World
 from oat_dist.evaluation import EvaluationAttack, evaluate
+from oat_dist.guard import Collapse
 from oat_dist.models.network import ConditionalNetwork
 from oat_dist.weights import whole_file
 
@@ -31,6 +35,7 @@ def measure(
     batch_size: int,
     world: World,
     stem: pathlib.Path,
+    collapse: Collapse | None = None,
 ) -> dict:
     """Measure a network, write STEM.json, STEM.png and STEM.svg, and print the table (on the main rank).
 
@@ -44,6 +49,7 @@ def measure(
         batch_size: Images per forward pass and rank.
         world: The ranks that share the images.
         stem: Path without suffix; its folder exists.
+        collapse: What the guard found while the network was trained, for the report.
 
     Returns:
         The report, in the form of frontier.json.
@@ -52,7 +58,7 @@ def measure(
         data, split, config.data, batch_size, rank=world.rank, ranks=world.ranks, device=world.device
     )
     points = evaluate(network, batches, lambdas, attack, seed=config.seed, world=world)
-    report = describe(config, data, split, attack, points)
+    report = describe(config, data, split, attack, points) | ({"collapse": asdict(collapse)} if collapse else {})
     if world.is_main:
         print_report(report, write_report(report, stem))
     return report
@@ -87,7 +93,7 @@ def write_report(report: dict, stem: pathlib.Path) -> list[pathlib.Path]:
 
 
 def print_report(report: dict, paths: Sequence[pathlib.Path]) -> None:
-    """Print the table lambda / SA / RA and where the files are."""
+    """Print the table lambda / SA / RA, where the files are, and a collapse in training."""
     attack = report["attack"]
     table = Table(title=f"{report['model']} on {report['dataset']} {report['split']}, n = {report['num_examples']}")
     table.add_column("lambda", justify="right")
@@ -98,3 +104,5 @@ def print_report(report: dict, paths: Sequence[pathlib.Path]) -> None:
     Console().print(table)
     for path in paths:
         print(path)
+    if "collapse" in report:
+        print(Collapse(**report["collapse"]).sentence)

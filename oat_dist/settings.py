@@ -196,6 +196,13 @@ class AttackConfig:
     """Step size in grey levels; default: that of the paper of `loss.robust` (PGD-AT: min(1.25 eps, eps + 4)/steps)."""
     random_start: bool | None = None
     """Start at a random point, keyed by seed, epoch and image; default: as in the paper of `loss.robust`."""
+    guard: Literal["auto", "switch", "stop", "off"] = "auto"
+    """What to do when robust accuracy breaks down in training (catastrophic overfitting): `switch` goes back to the
+    last good checkpoint and on with PGD, `stop` ends there; `auto`: switch for single-step methods, else off."""
+    guard_images: int = 256
+    """Validation images, spread over the split, whose robust accuracy (PGD-10, largest lambda) each epoch ends with."""
+    guard_drop: float = 0.5
+    """Share of the best robust accuracy so far that is lost in a breakdown."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -203,6 +210,8 @@ class AttackConfig:
         require(self.steps is None or self.steps >= 1, "attack.steps", self.steps, "must be at least 1")
         ok = self.step_size_255 is None or self.step_size_255 > 0
         require(ok, "attack.step_size_255", self.step_size_255, "must be positive")
+        require(self.guard_images >= 1, "attack.guard_images", self.guard_images, "must be at least 1")
+        require(0 < self.guard_drop < 1, "attack.guard_drop", self.guard_drop, "must lie in (0, 1)")
 
     @property
     def eps(self) -> float:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oat_dist.adversary import attack_dtype, attack_images, noisy_images
-from oat_dist.attacks import at_least_float32
+from oat_dist.attacks import AttackPlan, at_least_float32
 from oat_dist.config import Config
 from oat_dist.data import Batch
 from oat_dist.graphed import GraphReplay
@@ -51,6 +51,7 @@ def training_losses(
     config: Config,
     epoch: int,
     forward: Forward,
+    plan: AttackPlan | None = None,
     replay: GraphReplay | None = None,
 ) -> StepLosses:
     """Losses of a micro-batch.
@@ -62,7 +63,8 @@ def training_losses(
         config: Configuration of the run.
         epoch: Epoch, part of the key of the random starts.
         forward: The training forward: the network itself or an engine around it.
-        replay: Runs the attack as one recorded graph; always the same for one network and configuration.
+        plan: The attack; default: that of the configuration.
+        replay: Runs the attack as one recorded graph; always the same for one network and plan.
 
     Returns:
         Per-image losses and counts.
@@ -73,7 +75,7 @@ def training_losses(
     attacked = slice(cond.num_zero, None)
     frozen = network.freeze(cond, dtype=attack_dtype(config.engine.precision)).images(attacked)
     of_attacked = x[attacked], label_N[attacked], batch.index_N[attacked]
-    x_adv = attack_images(network, frozen, *of_attacked, config=config, epoch=epoch, replay=replay)
+    x_adv = attack_images(network, frozen, *of_attacked, config=config, epoch=epoch, plan=plan, replay=replay)
     images = [x[attacked], x_adv]
     if "noisy_logits" in objective.needs:
         images.append(noisy_images(x[attacked], batch.index_N[attacked], config=config, epoch=epoch))

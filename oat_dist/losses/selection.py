@@ -14,7 +14,7 @@ from torch import Tensor
 from oat_dist.attacks import AttackPlan, cross_entropy
 from oat_dist.config import AttackConfig, Config, LossConfig, default_step_size
 from oat_dist.errors import UserError, require
-from oat_dist.losses.objective import ROBUST, Objective
+from oat_dist.losses.objective import ROBUST, AttackDefaults, Objective
 
 
 def robust_term(config: Config) -> Objective:
@@ -102,9 +102,16 @@ def _check_attack(objective: Objective, attack: AttackConfig) -> None:
         raise UserError(f"attack.random_start=False: {expected}")
 
 
-def attack_plan(config: Config) -> AttackPlan:
-    """The attack of training: what the `attack` section says, and where it is silent the paper of the objective."""
+def attack_plan(config: Config, *, multi_step: bool = False) -> AttackPlan:
+    """The attack of training: what the `attack` section says, and where it is silent the paper of the objective.
+
+    Args:
+        config: Configuration of the run.
+        multi_step: PGD of PGD-AT in its place, of the same ball (see `oat_dist.guard`).
+    """
     cfg, defaults = config.attack, robust_term(config).attack
+    if multi_step:
+        cfg, defaults = AttackConfig(norm=cfg.norm, eps_255=cfg.eps_255), AttackDefaults()
     steps = defaults.steps if cfg.steps is None else cfg.steps
     if cfg.step_size_255 is not None:
         step_size = cfg.step_size_255 / 255
