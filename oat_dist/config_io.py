@@ -220,10 +220,7 @@ def _type_error(key: str, message: str, cls: type) -> str:
     hint = _hint(key, cls)
     if got is None or dataclasses.is_dataclass(hint):
         return f"{key}: {message}"
-    quoted = (
-        " (quote it: YAML reads a bare off as false)" if "off" in typing.get_args(hint) and got[1] == "False" else ""
-    )
-    return f"{key}={got[1]}: expected {_type_name(hint)}{quoted}"
+    return f"{key}={got[1]}: expected {_type_name(hint)}"
 
 
 def _type_name(hint: Any) -> str:

@@ -55,11 +55,11 @@ class Collapse:
 
 
 def guard_action(config: Config) -> str:
-    """What `attack.guard` comes to: switch, stop, or off. Off where no image is attacked, at lambda = 0 alone."""
+    """What `attack.guard` comes to: switch, stop, or none. None where no image is attacked, at lambda = 0 alone."""
     if config.conditioning.mass_at_zero == 1:
-        return "off"
+        return "none"
     if config.attack.guard == "auto":
-        return "switch" if robust_term(config).attack.single_step else "off"
+        return "switch" if robust_term(config).attack.single_step else "none"
     return config.attack.guard
 
 
@@ -69,9 +69,9 @@ def needs_validation(config: Config, data: PreparedData) -> bool:
     Raises:
         UserError: It would, and the data set has none.
     """
-    if guard_action(config) == "off":
+    if guard_action(config) == "none":
         return False
-    expected = f"measures the validation split, which data set {data.name} lacks; prepare one, or set attack.guard=off"
+    expected = f"measures the validation split, which data set {data.name} lacks; prepare one, or set attack.guard=none"
     require(data.counts.get("val", 0) > 0, "attack.guard", config.attack.guard, expected)
     return True
 
@@ -102,7 +102,7 @@ class Guard:
         """Read the images.
 
         Args:
-            config: Configuration of the run; its `guard_action` is not off.
+            config: Configuration of the run; its `guard_action` is not none.
             data: Its data set.
             world: The ranks that share the images.
             store: Checkpoints of the run.

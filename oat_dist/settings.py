@@ -196,9 +196,9 @@ class AttackConfig:
     """Step size in grey levels; default: that of the paper of `loss.robust` (PGD-AT: min(1.25 eps, eps + 4)/steps)."""
     random_start: bool | None = None
     """Start at a random point, keyed by seed, epoch and image; default: as in the paper of `loss.robust`."""
-    guard: Literal["auto", "switch", "stop", "off"] = "auto"
+    guard: Literal["auto", "switch", "stop", "none"] = "auto"
     """What to do when robust accuracy breaks down in training (catastrophic overfitting): `switch` goes back to the
-    last good checkpoint and on with PGD, `stop` ends there; `auto`: switch for single-step methods, else off."""
+    last good checkpoint and on with PGD, `stop` ends there; `auto`: switch for single-step methods, else none."""
     guard_images: int = 256
     """Validation images, spread over the split, whose robust accuracy (PGD-10, largest lambda) each epoch ends with."""
     guard_drop: float = 0.5

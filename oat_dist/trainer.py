@@ -183,7 +183,7 @@ class Training:
         self.log, self.watch = StepLog(world), LossWatch(world)
         self.validator = Validator(config, data, world=world, run=run) if config.evaluation.interval_epochs else None
         self.collapse = world.on_main(lambda: read_collapse(run))
-        is_guarded = self.collapse is None and guard_action(config) != "off"
+        is_guarded = self.collapse is None and guard_action(config) != "none"
         self.guard = Guard(config, data, world=world, store=self.store) if is_guarded else None
         self.plan = attack_plan(config, multi_step=self.collapse is not None)
         self.step = 0

@@ -75,10 +75,10 @@ def config_of(robust="toy", guard="auto", lambdas=(0.0, 1.0), **attack):
 
 def test_auto_guards_single_step_methods_that_attack_something(toy):
     assert guard_action(config_of()) == "switch"
-    assert guard_action(config_of("pgd_at")) == guard_action(config_of("pgd_at", steps=1)) == "off"
+    assert guard_action(config_of("pgd_at")) == guard_action(config_of("pgd_at", steps=1)) == "none"
     assert guard_action(config_of("pgd_at", guard="stop")) == "stop"
-    assert guard_action(config_of(guard="off")) == "off"
-    assert guard_action(config_of(lambdas=(0.0,))) == guard_action(config_of(guard="stop", lambdas=(0.0,))) == "off"
+    assert guard_action(config_of(guard="none")) == "none"
+    assert guard_action(config_of(lambdas=(0.0,))) == guard_action(config_of(guard="stop", lambdas=(0.0,))) == "none"
 
 
 def test_after_a_switch_the_attack_is_that_of_pgd_at_in_the_same_ball(toy):
@@ -92,7 +92,7 @@ def test_after_a_switch_the_attack_is_that_of_pgd_at_in_the_same_ball(toy):
 @pytest.mark.parametrize(
     ("argument", "message"),
     {
-        "--attack.guard=maybe": "attack.guard=maybe: expected one of auto, switch, stop, off",
+        "--attack.guard=maybe": "attack.guard=maybe: expected one of auto, switch, stop, none",
         "--attack.guard_images=0": "attack.guard_images=0: must be at least 1",
         "--attack.guard_drop=0": "attack.guard_drop=0.0: must lie in (0, 1)",
         "--attack.guard_drop=1": "attack.guard_drop=1.0: must lie in (0, 1)",
@@ -104,17 +104,8 @@ def test_a_guard_out_of_range_is_one_line_that_names_the_key(argument, message):
     assert str(error.value) == message
 
 
-def test_a_bare_off_in_a_file_is_answered_with_how_to_write_it(tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text("attack: {guard: off}\n")
-    with pytest.raises(UserError, match=r"^attack.guard=False: expected .*stop, off \(quote it: YAML reads .*\)$"):
-        load_config([f"--config={path}"])
-    path.write_text("attack: {guard: 'off'}\n")
-    assert load_config([f"--config={path}"]).attack.guard == "off"
-
-
 def test_the_fingerprint_follows_the_guard():
-    attacks = [{}, {"guard": "off"}, {"guard_images": 100}, {"guard_drop": 0.4}]
+    attacks = [{}, {"guard": "none"}, {"guard_images": 100}, {"guard_drop": 0.4}]
     assert len({fingerprint(Config(attack=AttackConfig(**attack))) for attack in attacks}) == 4
 
 
@@ -128,7 +119,7 @@ def test_a_data_set_without_validation_is_refused_by_name_unless_the_guard_is_of
     data = DataConfig(root=str(tmp_path), loader="memory")
     with pytest.raises(UserError, match=r"^attack.guard='auto': measures the validation split, which data set digits"):
         open_data(dataclasses.replace(config_of(), data=data))
-    assert open_data(dataclasses.replace(config_of(guard="off"), data=data)).counts["val"] == 0
+    assert open_data(dataclasses.replace(config_of(guard="none"), data=data)).counts["val"] == 0
 
 
 COLLAPSE = Collapse(epoch=3, step=45, ra_before=0.4, ra_after=0.0, restored_step=30, action="switch")
@@ -214,7 +205,7 @@ def one_rank(world, root, folder):
 
     world, folder = dataclasses.replace(init_world(threads=1), device=world.device), pathlib.Path(folder)
     spoil(trainer)
-    trainer.train(make_config(root, folder / "off", guard="off"), world)
+    trainer.train(make_config(root, folder / "none", guard="none"), world)
     kills = {(1, STEPS + 3): "killed before", (7, 2 * STEPS + 5): "killed after"}
     snapshots_at(trainer, dict(kills), folder / "kills")
     epochs = []
@@ -230,7 +221,7 @@ def runs(some_root, tmp_path_factory):
     """Name -> run folder, and the epochs."""
     folder = tmp_path_factory.mktemp("runs")
     (epochs,) = run_ranks(one_rank, 1, some_root, str(folder))
-    names = ("off", "switch", "killed before", "killed after")
+    names = ("none", "switch", "killed before", "killed after")
     return {name: next((folder / name).iterdir()) for name in names} | {"epochs": epochs}
 
 
@@ -245,26 +236,26 @@ def metrics(run):
 @pytest.mark.dist
 @pytest.mark.slow
 def test_a_run_that_collapses_is_saved_by_the_guard(runs):
-    (lost,), (saved,) = (frontier(runs[name])["points"] for name in ("off", "switch"))
+    (lost,), (saved,) = (frontier(runs[name])["points"] for name in ("none", "switch"))
     assert lost["ra"] < 0.1 and saved["ra"] > 0.3
     collapse = read_collapse(runs["switch"])
     assert (collapse.epoch, collapse.step, collapse.restored_step) == (2, 2 * STEPS, STEPS)
     assert collapse.ra_after < 0.5 * collapse.ra_before and collapse.action == "switch"
     assert frontier(runs["switch"])["collapse"] == dataclasses.asdict(collapse)
-    assert "collapse" not in frontier(runs["off"])
+    assert "collapse" not in frontier(runs["none"])
     assert runs["epochs"] == [1, 2, 3]
 
 
 @pytest.mark.dist
 @pytest.mark.slow
 def test_the_guard_changes_nothing_until_it_steps_in_and_then_measures_no_more(runs):
-    off, switch = metrics(runs["off"]), metrics(runs["switch"])
+    unguarded, switch = metrics(runs["none"]), metrics(runs["switch"])
     (guarded,) = (line for line in switch if "guard_ra" in line)
     assert guarded == {"step": STEPS, "guard_ra": read_collapse(runs["switch"]).ra_before}
-    assert not any("guard_ra" in line for line in off) and not (runs["off"] / "guard.json").exists()
+    assert not any("guard_ra" in line for line in unguarded) and not (runs["none"] / "guard.json").exists()
     rest = [line for line in switch if line != guarded]
-    assert [line["step"] for line in rest] == [line["step"] for line in off] == [5, 10, 15, 20, 25, 30]
-    assert rest[:2] == off[:2] and rest[2] != off[2]
+    assert [line["step"] for line in rest] == [line["step"] for line in unguarded] == [5, 10, 15, 20, 25, 30]
+    assert rest[:2] == unguarded[:2] and rest[2] != unguarded[2]
 
 
 @pytest.mark.dist
