@@ -197,12 +197,12 @@ class AttackConfig:
     random_start: bool | None = None
     """Start at a random point, keyed by seed, epoch and image; default: as in the paper of `loss.robust`."""
     guard: Literal["auto", "switch", "stop", "none"] = "auto"
-    """What to do when robust accuracy breaks down in training (catastrophic overfitting): `switch` goes back to the
-    last good checkpoint and on with PGD, `stop` ends there; `auto`: switch for single-step methods, else none."""
+    """What to do when robust accuracy collapses in training (catastrophic overfitting): `switch` goes back to the last
+    good checkpoint and on with PGD, `stop` reports that one; `auto`: switch for single-step methods, else none."""
     guard_images: int = 256
-    """Validation images, spread over the split, whose robust accuracy (PGD-10, largest lambda) each epoch ends with."""
+    """Validation images, spread over the split, on which the guard measures PGD-10 after every epoch."""
     guard_drop: float = 0.5
-    """Share of the best robust accuracy so far that is lost in a breakdown."""
+    """Share of the best robust accuracy so far, in (0, 1), whose loss is a collapse."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
