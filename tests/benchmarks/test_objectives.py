@@ -13,6 +13,7 @@ import safetensors.numpy
 from oat_dist.config import fingerprint
 from oat_dist.config_io import load_config
 from oat_dist.data import open_prepared
+from oat_dist.errors import UserError
 from oat_dist.losses import ROBUST, robust_term
 
 
@@ -28,6 +29,17 @@ def test_every_objective_has_a_run_of_its_own_in_either_mode(mode):
         assert config.loss.clean_at_one == (mode == "once_for_all" or "clean_logits" in objective.needs)
         prints.add(fingerprint(config))
     assert len(prints) == len(ROBUST)
+
+
+def test_settings_that_are_not_the_papers_are_named_by_objective():
+    own = objectives.own_settings(["llr.weight=0.2", "mart.beta=2", "llr.gradient=0"])
+    assert own == {"llr": {"weight": 0.2, "gradient": 0.0}, "mart": {"beta": 2.0}}
+    config = load_config([], objectives.settings_of("llr", "dedicated", own["llr"]))
+    assert robust_term(config).settings == {"linearity": 4.0, "gradient": 0.0, "weight": 0.2}
+    for text, message in {"llr.weight": "expected OBJECTIVE.NAME=VALUE", "nn.weight=1": "no such objective",
+                          "llr.wait=1": "no objective has this setting"}.items():  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            objectives.own_settings([text])
 
 
 def test_half_of_the_training_images_lose_their_labels(digits, tmp_path):
