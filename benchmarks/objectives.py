@@ -127,7 +127,9 @@ class Table:
         if not (root / labelled / "dataset.json").exists():
             _write_half(whole, root, labelled)
         if not (root / extra / "dataset.json").exists():
-            config = load_config(self.argv, {"name": labelled, "data.dataset": labelled, **alone(0.0)})
+            # As many steps as on all images.
+            teacher = {"name": labelled, "data.dataset": labelled, "optim.epochs": 2 * self.base.optim.epochs}
+            config = load_config(self.argv, {**teacher, **alone(0.0)})
             run = find_trained(config, open_data(config)) or train(config, self.world)
             pseudo_label.main([f"--run={run}", f"--images=npz:{root / labelled}.npz", f"--name={extra}",
                                f"--out={root}"])  # fmt: skip
