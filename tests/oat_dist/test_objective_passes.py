@@ -92,17 +92,22 @@ def test_passes_of_mixed_lambdas_are_those_of_the_attacked_images_and_all_clean_
     assert counted(config, MIXED) == (4 * forwards + trained, 4 * backwards + trained + second, second)
 
 
+SHAPE = {"in_channels": 1, "image_size": (8, 8), "num_classes": 10, "num_train_images": 250}
+
+
 @pytest.mark.parametrize("name", ROBUST)
 def test_the_declared_cost_is_that_of_the_passes(name):
-    shape = {"in_channels": 1, "image_size": (8, 8), "num_classes": 10, "num_train_images": 250}
     (forwards, backwards), needs_clean, others = WRITTEN_OUT[name]
     unit = 6 if name in DIFFERENTIATED else 3
-    cost = training_cost(dedicated(name), **shape)
+    cost = training_cost(dedicated(name), **SHAPE)
     assert cost.units_per_image == pytest.approx(forwards + backwards + unit * (needs_clean + others))
-    # Half of the images attacked.
-    conditioning = ConditioningConfig(lambdas=(0.0, 1.0))
-    cost = training_cost(Config(data=data_of(name), loss=LossConfig(robust=name), conditioning=conditioning), **shape)
-    assert cost.units_per_image == pytest.approx(0.5 * (forwards + backwards) + unit * (1 + 0.5 * others))
+
+
+@pytest.mark.parametrize(("name", "attack", "unit", "others"), [("trades", 21, 3, 1), ("grad_align", 2, 6, 2)])
+def test_the_declared_cost_goes_with_the_share_of_attacked_images(name, attack, unit, others):
+    conditioning = ConditioningConfig(lambdas=(0.0, 1.0), weights=(1.0, 3.0))
+    cost = training_cost(Config(loss=LossConfig(robust=name), conditioning=conditioning), **SHAPE)
+    assert cost.units_per_image == pytest.approx(0.75 * attack + unit * (1 + 0.75 * others))
 
 
 class _Convolutions(TorchDispatchMode):
@@ -121,8 +126,7 @@ class _Convolutions(TorchDispatchMode):
 def test_the_declared_cost_is_that_of_the_convolutions_that_run(name):
     config = dataclasses.replace(dedicated(name), attack=AttackConfig(steps=1 if name == "grad_align" else 2))
     network = build_model(config, in_channels=1, num_classes=10)
-    shape = {"in_channels": 1, "image_size": (8, 8), "num_classes": 10, "num_train_images": 128}
-    units = training_cost(config, **shape).units_per_image
+    units = training_cost(config, **SHAPE).units_per_image
     lam, batch = torch.ones(4, dtype=torch.float64), make_batch(4, dtype=torch.float32)
     with _Convolutions() as counter:
         training_losses(network, batch, lam, config=config, epoch=0, forward=network).loss_N.sum().backward()
