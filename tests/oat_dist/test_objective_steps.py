@@ -117,7 +117,8 @@ def test_second_derivatives_of_the_fused_operator_are_those_of_the_reference(nam
 def test_gradients_of_a_step_to_weights_are_those_of_finite_differences(name, monkeypatch):
     config = make_config(name)
     network, batch, _ = a_step(config)
-    fixed = (batch.image_NCHW[A] + 0.1 * torch.randn(5, 1, 8, 8, dtype=torch.float64)).clamp(0, 1)
+    noise = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    fixed = (batch.image_NCHW[A] + 0.1 * noise).clamp(0, 1)
     monkeypatch.setattr(step_module, "attack_images", lambda *a, **k: fixed)
     parameters = [
         network.stem.weight,
@@ -127,7 +128,8 @@ def test_gradients_of_a_step_to_weights_are_those_of_finite_differences(name, mo
     ]
     total = a_step(config, network)[2].loss_N.sum()
     for parameter, grad in zip(parameters, torch.autograd.grad(total, parameters), strict=True):
-        at, h = grad.abs().flatten().argmax(), 1e-6
+        # So small that no ReLU turns on or off between the two sides, where input gradients jump.
+        at, h = grad.abs().flatten().argmax(), 1e-7
         with torch.no_grad():
             at = torch.unravel_index(at, parameter.shape)
             value, sides = parameter[at].clone(), []
