@@ -4,8 +4,9 @@ Qin et al., "Adversarial Robustness through Local Linearization" (NeurIPS 2019).
 
     l(x) + weight (linearity g(d) + gradient |d' grad l(x)|),    g(d) = |l(x + d) - l(x) - d' grad l(x)|
 
-where d makes g large in the ball. linearity and gradient are their lambda and mu, 4 and 3 on CIFAR-10; weight is ours,
-1, so that one number leads to the clean cross-entropy. d is found by ten steps from a uniform start, as on CIFAR-10;
+where d makes g large in the ball. linearity and gradient are their lambda and mu; 4 and 3 are what re-implementations
+give as theirs for CIFAR-10, not checked against the paper. weight is ours, 1, so that one number leads to the clean
+cross-entropy. d is found by ten steps from a uniform start, as on CIFAR-10;
 sign steps of 1.25 eps / 10 (PGD-AT's rule) are our default.
 
 l must be one function of x, so clean and perturbed images share their batch statistics. As the gradient is that of the
