@@ -19,9 +19,9 @@ from oat_dist.dedicated import find_trained
 from oat_dist.distributed import World
 from oat_dist.errors import UserError
 from oat_dist.models import build_model
-from oat_dist.resume import require_same_data
+from oat_dist.resume import RunLock, require_same_data
 from oat_dist.step import training_losses
-from oat_dist.trainer import open_data
+from oat_dist.trainer import _open_run, open_data
 from tests.archives import pixels
 from tests.oat_dist.test_step import _NoWaiting, disturbed, make, make_batch
 from tests.ranks import run_ranks
@@ -119,6 +119,15 @@ def test_batches_hold_stored_pixels_and_labels_of_both_sets(main, root):
         seen += batch.index_N.tolist()
     assert len(seen) == len(set(seen)) == 7 * 12, "an image that comes again has another key"
     assert sum(i >= 2 * EXTRA_INDEX for i in seen) == 35 - 30
+
+
+def test_the_stream_goes_on_from_epoch_to_epoch(main, root):
+    loader = make_loader(main, settings(root))
+    batches = [batch for epoch in (0, 1) for (batch,) in loader.epoch(epoch)]
+    places = torch.cat([batch.index_N[batch.is_extra_N] for batch in batches]).tolist()
+    for number in (0, 1):
+        of_pass = places[30 * number : 30 * (number + 1)]
+        assert len(set(of_pass)) == 30 and {place // EXTRA_INDEX for place in of_pass} == {1 + number}
 
 
 @pytest.mark.skipif(not is_installed(), reason="FFCV was left out of this installation (FFCV=0)")
@@ -258,6 +267,8 @@ def test_a_run_records_the_extra_images_and_goes_on_with_them_alone(main, root, 
         args = (dataclasses.replace(args[0], name="main"), args[1])
         with pytest.raises(UserError, match=rf"^{key}: its training images are not those that .* has the sha256 of"):
             require_same_data(run, *args)
+        with pytest.raises(UserError, match=rf"^{key}: "):
+            _open_run(config, *args, World(), RunLock())
     (run / "frontier.json").write_text("{}")
     (run / "model.safetensors").write_text("")
     assert find_trained(config, main) == run
