@@ -19,9 +19,9 @@ from oat_dist.dedicated import find_trained
 from oat_dist.distributed import World
 from oat_dist.errors import UserError
 from oat_dist.models import build_model
-from oat_dist.resume import RunLock, require_same_data
+from oat_dist.resume import RunLock, open_run, require_same_data
 from oat_dist.step import training_losses
-from oat_dist.trainer import _open_run, open_data
+from oat_dist.trainer import open_data
 from tests.archives import pixels
 from tests.oat_dist.test_step import _NoWaiting, disturbed, make, make_batch
 from tests.ranks import run_ranks
@@ -268,7 +268,7 @@ def test_a_run_records_the_extra_images_and_goes_on_with_them_alone(main, root, 
         with pytest.raises(UserError, match=rf"^{key}: its training images are not those that .* has the sha256 of"):
             require_same_data(run, *args)
         with pytest.raises(UserError, match=rf"^{key}: "):
-            _open_run(config, *args, World(), RunLock())
+            open_run(config, args[0], 1, RunLock(), extra=args[1])
     (run / "frontier.json").write_text("{}")
     (run / "model.safetensors").write_text("")
     assert find_trained(config, main) == run
