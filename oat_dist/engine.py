@@ -89,7 +89,7 @@ class Engine:
         network.to(memory_format=torch.contiguous_format)
         self._engine, self._optimizer, _, _ = _import_deepspeed().initialize(
             model=network,
-            optimizer=build_optimizer(network.parameters(), config.optim),
+            optimizer=build_optimizer(network, config.optim),
             config=deepspeed_config(config, world.ranks),
         )
         # ZeRO 1 and 2 made the weights slices of flat buffers, which must stay.

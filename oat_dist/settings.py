@@ -36,6 +36,8 @@ class DataConfig:
     set's own (CIFAR, STL-10, folder and npz 4, SVHN 0, digits 1)."""
     flip: bool | None = None
     """Random left-right flip of training images; default: the data set's own (not for SVHN and digits)."""
+    cutout_pixels: int = 0
+    """Side of the square that is blanked out at a random place of every training image; 0 blanks nothing."""
     extra: str | None = None
     """A further prepared data set that every batch has a share of, e.g. with pseudo-labels (launch/pseudo_label.py)."""
     extra_share: float = 0.5
@@ -51,6 +53,7 @@ class DataConfig:
         require(self.workers >= 1, "data.workers", self.workers, "must be at least 1")
         ok = self.shift_pixels is None or self.shift_pixels >= 0
         require(ok, "data.shift_pixels", self.shift_pixels, "must be at least 0")
+        require(self.cutout_pixels >= 0, "data.cutout_pixels", self.cutout_pixels, "must be at least 0")
         require(0 < self.extra_share < 1, "data.extra_share", self.extra_share, "must lie in (0, 1)")
         ok = 0 <= self.extra_weight < math.inf
         require(ok, "data.extra_weight", self.extra_weight, "must be at least 0 and finite")
@@ -253,7 +256,10 @@ class OptimConfig:
     nesterov: bool = True
     """Nesterov momentum in sgd."""
     weight_decay: float = 5e-4
-    """Weight decay on all parameters (paper, section 4.1: 5e-4)."""
+    """Weight decay (paper, section 4.1: 5e-4)."""
+    decay: Literal["all", "weights"] = "all"
+    """What decays: `all` parameters (paper), or the `weights` of convolutions and classifier alone, so that norms,
+    biases and FiLM do not."""
     epochs: int = 200
     """Passes over the training split (paper, section 4.1: 200)."""
     batch_size: int = 128
