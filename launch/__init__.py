@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from oat_dist.errors import UserError
+from oat_dist.errors import PREEMPTED_EXIT_CODE, PreemptedError, UserError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -24,14 +24,17 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
     """Run an entry script's main with the command line.
 
     A `UserError`, and a disk that is full or read-only, become one line on standard error (of the main rank) and exit
-    code 2; anything else is a fault of ours and keeps its traceback. The `--local_rank=N` that DeepSpeed's launcher
-    inserts is dropped: the rank is in the environment.
+    code 2; a run that a signal ended leaves one line and exit code 75; anything else is a fault of ours and keeps its
+    traceback. The `--local_rank=N` that DeepSpeed's launcher inserts is dropped: the rank is in the environment.
     """
+    kind, code = "error: ", 2
     argv = [a for a in sys.argv[1:] if not a.startswith("--local_rank=")]
     try:
         main(argv)
     except UserError as error:
         message = str(error)
+    except PreemptedError as error:
+        kind, message, code = "", str(error), PREEMPTED_EXIT_CODE
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
@@ -39,5 +42,5 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
     else:
         return
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+        print(f"{kind}{message}", file=sys.stderr)
+    sys.exit(code)

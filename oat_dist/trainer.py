@@ -3,6 +3,7 @@
 import gc
 import pathlib
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -18,9 +19,11 @@ from oat_dist.data.sources import SOURCES
 from oat_dist.distributed import World
 from oat_dist.divergence import LossWatch, require_finite
 from oat_dist.engine import Engine
+from oat_dist.errors import PreemptedError
 from oat_dist.evaluation import EvaluationAttack
 from oat_dist.graphed import graph_replay
 from oat_dist.guard import Guard, guard_action, needs_validation, read_collapse
+from oat_dist.interruption import StopSignals, stop_signals
 from oat_dist.losses import attack_plan, robust_term
 from oat_dist.metrics import MetricsWriter
 from oat_dist.models import build_model
@@ -52,7 +55,13 @@ def train(config: Config, world: World, after_epoch: AfterEpoch | None = None) -
     Raises:
         UserError: The configuration asks for something that is not there or cannot be.
         NonFiniteError: A loss or a weight stopped being finite; on every rank.
+        PreemptedError: A signal ended the run, which can be gone on with.
     """
+    with stop_signals(world) as signals:
+        return _train(config, world, signals, after_epoch)
+
+
+def _train(config: Config, world: World, signals: StopSignals, after_epoch: AfterEpoch | None) -> pathlib.Path:
     robust_term(config)
     if config.engine.compile:
         require_compiler(world.device)
@@ -62,7 +71,7 @@ def train(config: Config, world: World, after_epoch: AfterEpoch | None = None) -
     lock = RunLock()
     run, checkpoint = world.on_main(lambda: open_run(config, data, world.ranks, lock, extra=extra))
     try:
-        training = _trained(config, data, loader, world, run, checkpoint, after_epoch)
+        training = _trained(config, data, loader, world, signals, run, checkpoint, after_epoch)
         cfg = config.evaluation
         report.measure(
             training.finish(),
@@ -108,18 +117,18 @@ def _open_extra(config: Config, data: PreparedData) -> PreparedData | None:
 
 
 def _trained(
-    config: Config, data: PreparedData, loader: TrainLoader, world: World, run: pathlib.Path,
+    config: Config, data: PreparedData, loader: TrainLoader, world: World, signals: StopSignals, run: pathlib.Path,
     checkpoint: Checkpoint | None, after_epoch: AfterEpoch | None,
 ) -> "Training":  # fmt: skip
     """Train to the end; after a collapse anew from the last good checkpoint, as a run that is resumed there."""
-    training = Training(config, data, loader, world=world, run=run, checkpoint=checkpoint)
+    training = Training(config, data, loader, world=world, run=run, checkpoint=checkpoint, signals=signals)
     if training.fit(after_epoch):
         return training
     # Two networks need not fit into memory; DeepSpeed's engine is part of reference cycles.
     del training
     gc.collect()
-    checkpoint = world.on_main(lambda: rewind(run, keep=config.checkpoint.keep))
-    return _trained(config, data, loader, world, run, checkpoint, after_epoch)
+    checkpoint = world.on_main(lambda: rewind(run, keep=config.checkpoint.keep, whole_epochs=True))
+    return _trained(config, data, loader, world, signals, run, checkpoint, after_epoch)
 
 
 def starting_network(config: Config, data: PreparedData, checkpoint: Checkpoint | None) -> ConditionalNetwork:
@@ -162,6 +171,7 @@ class Training:
         world: World,
         run: pathlib.Path,
         checkpoint: Checkpoint | None,
+        signals: StopSignals | None = None,
     ) -> None:
         """Build network, engine and average, at their start or where a checkpoint left them.
 
@@ -172,7 +182,9 @@ class Training:
             world: The ranks.
             run: Folder of the run.
             checkpoint: Where to go on, or None.
+            signals: Ask whether to stop; default: nobody asks.
         """
+        self.signals = signals or StopSignals(world)
         self.config, self.data, self.loader, self.world, self.run = config, data, loader, world, run
         self.network = starting_network(config, data, checkpoint).to(world.device)
         # Weights first: DeepSpeed takes its own copies of them. Its optimiser state exists only afterwards.
@@ -186,7 +198,7 @@ class Training:
         is_guarded = self.collapse is None and guard_action(config) != "none"
         self.guard = Guard(config, data, world=world, store=self.store) if is_guarded else None
         self.plan = attack_plan(config, multi_step=self.collapse is not None)
-        self.step = 0
+        self.step, self._saved_step = 0, None
         if checkpoint is not None:
             self._restore(checkpoint)
 
@@ -204,6 +216,7 @@ class Training:
 
         Raises:
             UserError: The loss is no longer finite.
+            PreemptedError: A signal asked to stop; there is a checkpoint.
         """
         config, world, loader = self.config, self.world, self.loader
         sampler = LambdaSampler(
@@ -216,6 +229,7 @@ class Training:
         with (
             MetricsWriter(self.run if world.is_main else None, tensorboard=config.logging.tensorboard) as metrics,
             progress_bar("training", total, is_main=world.is_main, done=self.step) as advance,
+            self.signals.deferred(),
         ):
             first_epoch, first_step = divmod(self.step, loader.steps_per_epoch)
             for epoch in range(first_epoch, first_epoch if self._is_stopped else config.optim.epochs):
@@ -229,9 +243,14 @@ class Training:
                         advance(f"epoch {epoch + 1}, loss {values['loss']:.3f}")
                     else:
                         advance()
+                    stops = self.signals.agreed()
+                    if stops and at + 1 < loader.steps_per_epoch:
+                        self._stop_here(within_epoch=True)
                 first_step = 0
                 if not self._end_epoch(epoch, metrics):
                     return False
+                if stops:
+                    self._stop_here(within_epoch=False)
                 if after_epoch is not None:
                     self._average_statistics()
                     self.watch.check(self.store.newest)
@@ -288,18 +307,41 @@ class Training:
             self._save()
         return True
 
-    def _average_statistics(self) -> None:
-        self.world.average_running_statistics([self.network] + ([self.averaged.network] if self.averaged else []))
+    def _stop_here(self, *, within_epoch: bool) -> NoReturn:
+        """Leave with a checkpoint of this very step, from which the run goes on as if it had not been stopped.
 
-    def _save(self) -> None:
-        """Hand everything to the checkpoint store; every rank takes part in gathering."""
+        Raises:
+            PreemptedError: On every rank, when the checkpoint is on disk.
+        """
+        if self._saved_step != self.step:
+            # Averaging moves statistics that an undisturbed run would not average here.
+            own_RF = self.world.gather_running_statistics(self._trained_and_averaged)
+            self._average_statistics()
+            self.watch.check(self.store.newest)
+            self._require_finite(self._networks())
+            self._save({"statistics": {"rank_RF": own_RF}}, within_epoch=within_epoch)
+        self.world.on_main(self.store.wait)
+        raise PreemptedError(f"{self.run}: stopped at step {self.step} with a checkpoint; the same command goes on")
+
+    @property
+    def _trained_and_averaged(self) -> list[torch.nn.Module]:
+        return [self.network] + ([self.averaged.network] if self.averaged else [])
+
+    def _average_statistics(self) -> None:
+        self.world.average_running_statistics(self._trained_and_averaged)
+
+    def _save(self, more: dict[str, dict[str, Tensor]] | None = None, *, within_epoch: bool = False) -> None:
+        """Hand everything, and more parts, to the checkpoint store; every rank takes part in gathering."""
         state = {"step": self.step, "log": self.log.collapse(), "config": to_dict(self.config)}
         if self.guard is not None:
             state["guard_best"] = self.guard.best
+        if within_epoch:
+            state["within_epoch"] = True
         optimizer = {"optimizer": self.engine.optimizer_state()}
         self._require_finite(optimizer)
         if self.world.is_main:
-            self.store.save(state, self._networks() | optimizer)
+            self.store.save(state, self._networks() | optimizer | (more or {}))
+        self._saved_step = self.step
 
     def _networks(self) -> dict[str, dict[str, Tensor]]:
         """States of the trained network and, where there is one, of the average."""
@@ -317,6 +359,9 @@ class Training:
         if self.averaged is not None:
             path = checkpoint.folder / "averaged.safetensors"
             load_exactly(self.averaged.network, checkpoint.tensors("averaged"), path)
+        own = checkpoint.tensors("statistics")
+        if own is not None and len(own["rank_RF"]) == self.world.ranks:
+            self.world.set_own_running_statistics(self._trained_and_averaged, own["rank_RF"])
         if self.guard is not None:
             self.guard.best = checkpoint.state.get("guard_best", self.guard.best)
         if self.world.is_main:
