@@ -111,16 +111,16 @@ def to_dict(config: Config) -> dict:
 def computed_settings(config: Config) -> dict[str, object]:
     """Dotted key -> value of the settings that decide what is computed.
 
-    Left out are names, folders, how often something is logged or saved, and what makes no difference beyond rounding:
-    loader, threads, and whether a CUDA graph is recorded. Running statistics are averaged over ranks at every
-    checkpoint, but a run on one rank, or with shared statistics, is the same with any interval.
+    Left out are names, folders, how often something is logged or saved, time limits, and what makes no difference
+    beyond rounding: loader, threads, and whether a CUDA graph is recorded. Running statistics are averaged over ranks
+    at every checkpoint, but a run on one rank, or with shared statistics, is the same with any interval.
     """
     settings = to_dict(config)
     for key in ("name", "output_dir", "logging", "checkpoint"):
         del settings[key]
     for key in ("root", "loader", "workers"):
         del settings["data"][key]
-    for key in ("threads", "cuda_graph"):
+    for key in ("threads", "cuda_graph", "hang_timeout_s"):
         del settings["engine"][key]
     flat = {}
     for key, value in settings.items():

@@ -27,6 +27,8 @@ class World:
     """Number of processes."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where this process computes."""
+    new_store: Callable[[], dist.Store] | None = None
+    """Makes one more connection to the store of all ranks, where there is one."""
 
     @property
     def is_main(self) -> bool:

@@ -7,13 +7,14 @@ rank or micro-batch still weigh every image the same.
 
 import logging
 import os
-import socket
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from oat_dist import rendezvous
 from oat_dist.config import Config
 from oat_dist.distributed import World
 from oat_dist.models.condition import Condition
@@ -51,16 +52,16 @@ def init_world(threads: int = 0) -> World:
 
     Returns:
         This process's place, on its GPU if the machine has any, else on the CPU.
+
+    Raises:
+        UserError: As `rendezvous.join`.
     """
     has_gpu = torch.cuda.is_available()
     if not has_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads or max(1, cores // (1 if has_gpu else local_ranks)))
@@ -68,9 +69,12 @@ def init_world(threads: int = 0) -> World:
     if has_gpu:
         torch.cuda.set_device(device)
 
-    deepspeed = _import_deepspeed()
-    deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False)
-    return World(rank=int(os.environ["RANK"]), ranks=int(os.environ["WORLD_SIZE"]), device=device)
+    rank, ranks, backend = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "nccl" if has_gpu else "gloo"
+    # Others may have joined already: Ray, and torchrun whose agent holds the store.
+    is_ours = not dist.is_initialized() and "TORCHELASTIC_RUN_ID" not in os.environ
+    new_store = rendezvous.join(backend, rank=rank, ranks=ranks) if is_ours else None
+    _import_deepspeed().init_distributed(dist_backend=backend, verbose=False)
+    return World(rank=rank, ranks=ranks, device=device, new_store=new_store)
 
 
 class Engine:

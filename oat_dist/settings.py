@@ -304,11 +304,16 @@ class EngineConfig:
     """Share batch-norm statistics over ranks in every training forward."""
     threads: int = 0
     """CPU threads per rank; 0 divides the cores of the machine by the ranks on it."""
+    hang_timeout_s: float = 1800
+    """Seconds without progress after which a run of several ranks ends and names the rank that stands still; 0 waits
+    for ever. torch.compile may need minutes for a first step."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         require(self.accumulation >= 1, "engine.accumulation", self.accumulation, "must be at least 1")
         require(self.threads >= 0, "engine.threads", self.threads, "must be at least 0")
+        ok = 0 <= self.hang_timeout_s < math.inf
+        require(ok, "engine.hang_timeout_s", self.hang_timeout_s, "must be at least 0 and finite")
 
 
 @dataclass(frozen=True, kw_only=True)

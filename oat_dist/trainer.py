@@ -23,6 +23,7 @@ from oat_dist.errors import PreemptedError
 from oat_dist.evaluation import EvaluationAttack
 from oat_dist.graphed import graph_replay
 from oat_dist.guard import Guard, guard_action, needs_validation, read_collapse
+from oat_dist.hang import HangWatch
 from oat_dist.interruption import StopSignals, stop_signals
 from oat_dist.losses import attack_plan, robust_term
 from oat_dist.metrics import MetricsWriter
@@ -65,8 +66,7 @@ def _train(config: Config, world: World, signals: StopSignals, after_epoch: Afte
     robust_term(config)
     if config.engine.compile:
         require_compiler(world.device)
-    data = world.on_main(lambda: open_data(config))
-    extra = world.on_main(lambda: _open_extra(config, data))
+    data, extra = world.on_main(lambda: open_all_data(config))
     loader = TrainLoader(data, config, rank=world.rank, ranks=world.ranks, device=world.device)
     lock = RunLock()
     run, checkpoint = world.on_main(lambda: open_run(config, data, world.ranks, lock, extra=extra))
@@ -108,12 +108,13 @@ def open_data(config: Config) -> PreparedData:
     return data
 
 
-def _open_extra(config: Config, data: PreparedData) -> PreparedData | None:
-    """The data set of `data.extra`, with its training split checked."""
+def open_all_data(config: Config) -> tuple[PreparedData, PreparedData | None]:
+    """As `open_data`, with the data set of `data.extra`."""
+    data = open_data(config)
     extra = data_sets.open_extra(data, config.data)
     if extra is not None:
         extra.file("train", config.data.loader)
-    return extra
+    return data, extra
 
 
 def _trained(
@@ -193,6 +194,7 @@ class Training:
         self.store = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep)
         self.replay = graph_replay(config.engine.cuda_graph, world.device, name="attack")
         self.log, self.watch = StepLog(world), LossWatch(world)
+        self.hang = HangWatch(world, config.engine.hang_timeout_s)
         self.validator = Validator(config, data, world=world, run=run) if config.evaluation.interval_epochs else None
         self.collapse = world.on_main(lambda: read_collapse(run))
         is_guarded = self.collapse is None and guard_action(config) != "none"
@@ -230,6 +232,7 @@ class Training:
             MetricsWriter(self.run if world.is_main else None, tensorboard=config.logging.tensorboard) as metrics,
             progress_bar("training", total, is_main=world.is_main, done=self.step) as advance,
             self.signals.deferred(),
+            self.hang,
         ):
             first_epoch, first_step = divmod(self.step, loader.steps_per_epoch)
             for epoch in range(first_epoch, first_epoch if self._is_stopped else config.optim.epochs):
@@ -247,14 +250,17 @@ class Training:
                     if stops and at + 1 < loader.steps_per_epoch:
                         self._stop_here(within_epoch=True)
                 first_step = 0
-                if not self._end_epoch(epoch, metrics):
+                with self.hang.paused():
+                    goes_on = self._end_epoch(epoch, metrics)
+                if not goes_on:
                     return False
                 if stops:
                     self._stop_here(within_epoch=False)
                 if after_epoch is not None:
-                    self._average_statistics()
-                    self.watch.check(self.store.newest)
-                    after_epoch(epoch + 1, self.best_so_far)
+                    with self.hang.paused():
+                        self._average_statistics()
+                        self.watch.check(self.store.newest)
+                        after_epoch(epoch + 1, self.best_so_far)
         self.store.wait()
         return True
 
@@ -273,17 +279,20 @@ class Training:
     def _take_step(self, sampler: LambdaSampler, micro_batches: list, epoch: int, at: int, lr: float) -> None:
         """One optimiser step: condition, attack, forward, loss, backward for every micro-batch."""
         for batch in micro_batches:
+            self.hang.note(f"attack or forward of step {self.step + 1}")
             lam_N = sampler.draw(epoch, at, batch.position_N, batch.index_N)
             losses = training_losses(
                 self.network, batch, lam_N, config=self.config, epoch=epoch, forward=self.engine.forward,
                 plan=self.plan, replay=self.replay,
             )  # fmt: skip
+            self.hang.note(f"backward or update of step {self.step + 1}")
             self.engine.backward_and_step(losses.loss_N, lr)
             self.watch.add(self.step + 1, losses.loss_N, lam_N)
             self.log.add(losses.counts, images=len(lam_N), clean=losses.num_clean, robust=int((lam_N > 0).sum()))
         if self.averaged is not None:
             self.averaged.update(self.step)
         self.step += 1
+        self.hang.note(f"the images after step {self.step}")
 
     @property
     def _is_stopped(self) -> bool:
