@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from oat_dist import rendezvous
+from oat_dist.bad_steps import gradient_norm
 from oat_dist.config import Config
 from oat_dist.distributed import World
 from oat_dist.models.condition import Condition
@@ -91,9 +92,13 @@ class Engine:
         self.config, self.world, self._network = config, world, network
         # DeepSpeed sends the weights of rank 0 as raw bytes, which takes plain memory.
         network.to(memory_format=torch.contiguous_format)
+        optimizer = build_optimizer(network.parameters(), config.optim)
+        if config.engine.zero_stage == 0:
+            optimizer.register_step_pre_hook(self._before_update)
+        self._grad_norm: Tensor | None = None
         self._engine, self._optimizer, _, _ = _import_deepspeed().initialize(
             model=network,
-            optimizer=build_optimizer(network.parameters(), config.optim),
+            optimizer=optimizer,
             config=deepspeed_config(config, world.ranks),
         )
         # ZeRO 1 and 2 made the weights slices of flat buffers, which must stay.
@@ -107,18 +112,37 @@ class Engine:
         """The training forward of the network, under DeepSpeed's autocast."""
         return self._engine(x, cond, **kwargs)
 
-    def backward_and_step(self, loss_N: Tensor, lr: float) -> None:
+    def backward_and_step(self, loss_N: Tensor, lr: float) -> Tensor | None:
         """Backward of one micro-batch; the optimiser moves after the last micro-batch of a step.
 
         Args:
             loss_N: Per-image losses of this rank's micro-batch.
             lr: Learning rate of the step.
+
+        Returns:
+            After the last micro-batch the norm of the step's gradient, equal on all ranks, before clipping with ZeRO 1
+            and 2 and after it without; else None. Where it is not finite, the optimiser has not moved with ZeRO 1 and
+            2, and without ZeRO if `engine.max_bad_steps` says so.
         """
         loss = loss_N.sum() * (self.world.ranks / self.config.optim.batch_size)
         self._engine.backward(loss, scale_wrt_gas=False)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        is_last = self._engine.is_gradient_accumulation_boundary()
         self._engine.step()
+        if is_last and self.config.engine.zero_stage:
+            norm = self._engine.get_global_grad_norm()
+            self._grad_norm = None if norm is None else torch.as_tensor(norm, dtype=torch.float64)
+        norm, self._grad_norm = self._grad_norm, None
+        return norm
+
+    def _before_update(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        """Measure the gradient, reduced over ranks; torch's optimisers leave out parameters that have none."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._grad_norm = gradient_norm([p.grad for p in parameters])
+        if self.config.engine.max_bad_steps and not self._grad_norm.isfinite():
+            for parameter in parameters:
+                parameter.grad = None
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The whole optimiser state on every rank, gathered from its shards; all ranks must call.

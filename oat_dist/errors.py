@@ -9,7 +9,10 @@ class UserError(ValueError):
 
 
 class NonFiniteError(UserError):
-    """Training met a loss or a weight that is not finite, and stopped; the settings ask for too much."""
+    """Training met a loss, gradient or weight that is not finite, and stopped; the settings ask for too much."""
+
+    step: int | None = None
+    """The first bad step, where it is known."""
 
 
 class PreemptedError(Exception):

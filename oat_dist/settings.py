@@ -304,6 +304,9 @@ class EngineConfig:
     """Share batch-norm statistics over ranks in every training forward."""
     threads: int = 0
     """CPU threads per rank; 0 divides the cores of the machine by the ranks on it."""
+    max_bad_steps: int = 0
+    """Steps with a gradient that is not finite that a run may leave out; 0 stops at the first. More than 0 makes the
+    host wait for the device once per step."""
     hang_timeout_s: float = 1800
     """Seconds without progress after which a run of several ranks ends and names the rank that stands still; 0 waits
     for ever. torch.compile may need minutes for a first step."""
@@ -312,6 +315,7 @@ class EngineConfig:
         """Check ranges."""
         require(self.accumulation >= 1, "engine.accumulation", self.accumulation, "must be at least 1")
         require(self.threads >= 0, "engine.threads", self.threads, "must be at least 0")
+        require(self.max_bad_steps >= 0, "engine.max_bad_steps", self.max_bad_steps, "must be at least 0")
         ok = 0 <= self.hang_timeout_s < math.inf
         require(ok, "engine.hang_timeout_s", self.hang_timeout_s, "must be at least 0 and finite")
 

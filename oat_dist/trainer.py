@@ -1,6 +1,7 @@
 """Training from a configuration to a run folder: file -> loader -> condition -> attack -> forward -> loss -> engine."""
 
 import gc
+import math
 import pathlib
 from collections.abc import Callable
 from typing import NoReturn
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from oat_dist import data as data_sets
 from oat_dist import report, runs
+from oat_dist.bad_steps import StepHealth
 from oat_dist.checkpoint import Checkpoint, CheckpointStore
 from oat_dist.compilation import require_compiler
 from oat_dist.conditioning import LambdaSampler
@@ -17,7 +19,7 @@ from oat_dist.config import Config, to_dict
 from oat_dist.data import PreparedData, TrainLoader
 from oat_dist.data.sources import SOURCES
 from oat_dist.distributed import World
-from oat_dist.divergence import LossWatch, require_finite
+from oat_dist.divergence import require_finite
 from oat_dist.engine import Engine
 from oat_dist.errors import PreemptedError
 from oat_dist.evaluation import EvaluationAttack
@@ -193,7 +195,8 @@ class Training:
         self.averaged = AveragedNetwork(self.network, config.optim.ema_decay) if config.optim.ema_decay else None
         self.store = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep)
         self.replay = graph_replay(config.engine.cuda_graph, world.device, name="attack")
-        self.log, self.watch = StepLog(world), LossWatch(world)
+        self.log = StepLog(world)
+        self.health = StepHealth(world, run, self.network, max_bad_steps=config.engine.max_bad_steps)
         self.hang = HangWatch(world, config.engine.hang_timeout_s)
         self.validator = Validator(config, data, world=world, run=run) if config.evaluation.interval_epochs else None
         self.collapse = world.on_main(lambda: read_collapse(run))
@@ -239,11 +242,11 @@ class Training:
                 for at, micro_batches in enumerate(loader.epoch(epoch, first_step), start=first_step):
                     self._take_step(sampler, micro_batches, epoch, at, learning_rate(config.optim, self.step, total))
                     if self.step % config.logging.interval_steps == 0 or self.step == total:
-                        self.watch.check(self.store.newest)
+                        self.health.check(self.store.newest)
                         lr = learning_rate(config.optim, self.step - 1, total)
                         values, images = self.log.flush()
                         metrics.write(self.step, {"epoch": epoch, "lr": lr, **values}, images=images)
-                        advance(f"epoch {epoch + 1}, loss {values['loss']:.3f}")
+                        advance(f"epoch {epoch + 1}, loss {values.get('loss', math.nan):.3f}")
                     else:
                         advance()
                     stops = self.signals.agreed()
@@ -259,7 +262,7 @@ class Training:
                 if after_epoch is not None:
                     with self.hang.paused():
                         self._average_statistics()
-                        self.watch.check(self.store.newest)
+                        self.health.check(self.store.newest)
                         after_epoch(epoch + 1, self.best_so_far)
         self.store.wait()
         return True
@@ -278,18 +281,24 @@ class Training:
 
     def _take_step(self, sampler: LambdaSampler, micro_batches: list, epoch: int, at: int, lr: float) -> None:
         """One optimiser step: condition, attack, forward, loss, backward for every micro-batch."""
+        self.health.begin()
+        step, done, grad_norm = self.step + 1, [], None
         for batch in micro_batches:
-            self.hang.note(f"attack or forward of step {self.step + 1}")
+            self.hang.note(f"attack or forward of step {step}")
             lam_N = sampler.draw(epoch, at, batch.position_N, batch.index_N)
             losses = training_losses(
                 self.network, batch, lam_N, config=self.config, epoch=epoch, forward=self.engine.forward,
                 plan=self.plan, replay=self.replay,
             )  # fmt: skip
-            self.hang.note(f"backward or update of step {self.step + 1}")
-            self.engine.backward_and_step(losses.loss_N, lr)
-            self.watch.add(self.step + 1, losses.loss_N, lam_N)
+            self.hang.note(f"backward or update of step {step}")
+            grad_norm = self.engine.backward_and_step(losses.loss_N, lr)
+            self.health.add(step, epoch, batch.index_N, lam_N, losses.loss_N)
+            done.append((losses, lam_N))
+        if not self.health.is_good(step, grad_norm):
+            done.clear()
+        for losses, lam_N in done:
             self.log.add(losses.counts, images=len(lam_N), clean=losses.num_clean, robust=int((lam_N > 0).sum()))
-        if self.averaged is not None:
+        if done and self.averaged is not None:
             self.averaged.update(self.step)
         self.step += 1
         self.hang.note(f"the images after step {self.step}")
@@ -306,7 +315,7 @@ class Training:
         saves = self.guard is not None or done % self.config.checkpoint.interval_epochs == 0 or is_last
         if validates or saves:
             self._average_statistics()
-            self.watch.check(self.store.newest)
+            self.health.check(self.store.newest)
             self._require_finite(self._networks())
         if self.guard is not None and not self.guard.passes(self.network, metrics, epoch=done, step=self.step):
             return False
@@ -326,7 +335,7 @@ class Training:
             # Averaging moves statistics that an undisturbed run would not average here.
             own_RF = self.world.gather_running_statistics(self._trained_and_averaged)
             self._average_statistics()
-            self.watch.check(self.store.newest)
+            self.health.check(self.store.newest)
             self._require_finite(self._networks())
             self._save({"statistics": {"rank_RF": own_RF}}, within_epoch=within_epoch)
         self.world.on_main(self.store.wait)
@@ -344,6 +353,8 @@ class Training:
         state = {"step": self.step, "log": self.log.collapse(), "config": to_dict(self.config)}
         if self.guard is not None:
             state["guard_best"] = self.guard.best
+        if self.health.skipped:
+            state["skipped_steps"] = self.health.skipped
         if within_epoch:
             state["within_epoch"] = True
         optimizer = {"optimizer": self.engine.optimizer_state()}
@@ -368,6 +379,7 @@ class Training:
         if self.averaged is not None:
             path = checkpoint.folder / "averaged.safetensors"
             load_exactly(self.averaged.network, checkpoint.tensors("averaged"), path)
+        self.health.skipped = checkpoint.state.get("skipped_steps", 0)
         own = checkpoint.tensors("statistics")
         if own is not None and len(own["rank_RF"]) == self.world.ranks:
             self.world.set_own_running_statistics(self._trained_and_averaged, own["rank_RF"])

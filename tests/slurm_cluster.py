@@ -31,6 +31,7 @@ ReturnToService=2
 SelectType=select/cons_tres
 SchedulerParameters=batch_sched_delay=1,sched_interval=2
 KillWait=20
+EnforcePartLimits=ALL
 InactiveLimit=0
 NodeName=n[1-2] NodeHostname=localhost Port=[17003-17004] CPUs={cpus} RealMemory=100 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,18 @@ def run(*command: str, timeout: float = 300, **settings) -> subprocess.Completed
     """Run a command to its end."""
     settings = {"cwd": ROOT, "env": environment()} | settings
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **settings)
+
+
+def free_port() -> int:
+    """A port of the loopback address that nobody uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def deepspeed(processes: int) -> list[str]:
+    """Begin of a command under the DeepSpeed launcher, at a free port."""
+    return ["deepspeed", "--num_accelerators", str(processes), "--master_port", str(free_port())]
 
 
 def only_run(folder: pathlib.Path) -> pathlib.Path:

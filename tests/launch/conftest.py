@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.launch.commands import SHORT, only_run, run
+from tests.launch.commands import SHORT, deepspeed, only_run, run
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +15,7 @@ def short(digits) -> list[str]:
 def two_processes(short, tmp_path_factory):
     """The folder of a short run of two processes under the DeepSpeed launcher."""
     folder = tmp_path_factory.mktemp("two")
-    done = run("deepspeed", "--num_accelerators", "2", "launch/train.py", *short, f"--output_dir={folder}")
+    done = run(*deepspeed(2), "launch/train.py", *short, f"--output_dir={folder}")
     assert done.returncode == 0, done.stdout + done.stderr
     return only_run(folder)
 

@@ -15,7 +15,7 @@ from launch.slurm.queue import recorded
 from launch.slurm.script import command_script, search_script, training_script
 from launch.slurm.status import status
 from oat_dist.errors import UserError
-from tests.launch.commands import ROOT, STEPS, environment, only_run, require_same, run, steps_done, wait_for
+from tests.launch.commands import ROOT, STEPS, only_run, require_same, run, steps_done, wait_for
 from tests.slurm_cluster import slurm_cluster, why_not
 
 PLACE = Place(nodes=2, gpus_per_node=0, processes_per_node=1)
@@ -95,61 +95,62 @@ def test_without_a_queue_one_line_says_so_and_the_run_folder_is_gone_again(short
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def started_cluster(tmp_path_factory):
     with slurm_cluster(tmp_path_factory.mktemp("slurm")) as env:
-        yield environment(**{key: env[key] for key in ("SLURM_CONF",)})
+        yield env["SLURM_CONF"]
 
 
-def state(job: str, env: dict[str, str]) -> str:
+@pytest.fixture
+def cluster(started_cluster, monkeypatch):
+    """This process, and what it starts, hand jobs in to the cluster."""
+    monkeypatch.setenv("SLURM_CONF", started_cluster)
+    monkeypatch.chdir(ROOT)
+
+
+def state(job: str) -> str:
     """Of a job; as the queue has it."""
-    said = run("scontrol", "-o", "show", "job", job, env=env).stdout
-    return said.partition("JobState=")[2].partition(" ")[0]
+    return run("scontrol", "-o", "show", "job", job).stdout.partition("JobState=")[2].partition(" ")[0]
 
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.usefixtures("cluster")
 @needs_slurm
-def test_a_job_that_is_sent_back_into_the_queue_twice_ends_as_an_undisturbed_run(
-    cluster, short, two_processes, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("SLURM_CONF", cluster["SLURM_CONF"])
+def test_a_job_that_is_sent_back_into_the_queue_twice_ends_as_an_undisturbed_run(short, two_processes, tmp_path):
     folder = tmp_path / "$(touch x) and ü"
-    command = ["python", "launch/submit.py", *short, f"--output_dir={folder}", "--nodes", "2", "--time", "60"]
-    done = run(*command, env=cluster)
-    assert done.returncode == 0, done.stderr
+    args = [*short, f"--output_dir={folder}", "--nodes", "2", "--time", "60"]
+    submit.main(args)
     mine = only_run(folder)
     job = recorded(mine / "slurm")
-    again = run(*command, env=cluster)
-    assert again.returncode == 2 and again.stderr.startswith(f"error: {mine}: job {job}: ")
+    assert error(*args).startswith(f"{mine}: job {job}: ")
 
     for times, step in ((1, 3), (2, 8)):
-        wait_for(lambda step=step: steps_done(folder) >= step, 120, "no steps")
+        wait_for(lambda step=step: steps_done(folder) >= step, 180, "no steps")
         # As before a time limit, then as an administrator who takes the nodes away.
         stop = ["scancel", "--signal=USR1", job] if times == 1 else ["scontrol", "requeue", job]
-        assert run(*stop, env=cluster).returncode == 0
-        wait_for(lambda: state(job, cluster) == "PENDING", 60, "the job does not return to the queue")
+        assert run(*stop).returncode == 0
+        wait_for(lambda: state(job) == "PENDING", 60, "the job does not return to the queue")
         at = steps_done(folder)
         assert step <= at < STEPS, "it stopped on the way"
         assert list((mine / "checkpoints").glob(f"step_{at:08d}*")), "with a checkpoint of its last step"
-        assert f"job {job}: pending" in status(mine) and f"step {at} of {STEPS}" in status(mine)
-        wait_for(lambda: state(job, cluster) != "PENDING", 60, "the job does not start again")
-    wait_for(lambda: state(job, cluster) in ("COMPLETED", "FAILED"), 120, "the job does not end")
+        assert f"job {job}: " in status(mine) and f"step {at} of {STEPS}" in status(mine)
+        wait_for(lambda: state(job) != "PENDING", 60, "the job does not start again")
+    wait_for(lambda: state(job) in ("COMPLETED", "FAILED"), 180, "the job does not end")
     (log,) = (mine / "slurm").glob("log_*.txt")
-    assert state(job, cluster) == "COMPLETED", log.read_text()
+    assert state(job) == "COMPLETED", log.read_text()
     require_same(mine, two_processes)
     assert len(json.loads((mine / "provenance.json").read_text())["resumed"]) == 3
-    assert "finished" in run("python", "launch/submit.py", "--status", str(mine), env=cluster).stdout
+    assert "finished" in status(mine)
     assert not list(tmp_path.rglob("x")) and not os.path.exists(ROOT / "x")
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
 @needs_slurm
-def test_a_queue_that_rejects_a_job_costs_one_line_and_leaves_no_run(cluster, short, tmp_path):
-    args = [*short, f"--output_dir={tmp_path}", "--nodes", "2"]
-    for wrong, said in ((["--partition", "nowhere"], "invalid partition"), (["--nodes", "9"], "Node count")):
-        given = [*args[:-2], *wrong] if wrong[0] == "--nodes" else [*args, *wrong]
-        given += ["--optim.batch_size=720"] if wrong[0] == "--nodes" else []
-        done = run("python", "launch/submit.py", *given, env=cluster)
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: sbatch: the queue rejects the job: ") and said in done.stderr
-        assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [(["--partition", "nowhere"], "invalid partition"), (["--nodes", "4"], "Node count specification")],
+)
+def test_a_queue_that_rejects_a_job_costs_one_line_and_leaves_no_run(short, tmp_path, args, said):
+    message = error(*short, f"--output_dir={tmp_path}", *args)
+    assert message.startswith("sbatch: the queue rejects the job: ") and said in message
+    assert list(tmp_path.iterdir()) == []
