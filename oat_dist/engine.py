@@ -151,6 +151,8 @@ class Engine:
             "<parameter>/<key>" -> tensor of the parameter's shape, or a scalar (AdamW's step).
         """
         state = {}
+        if self.config.engine.zero_stage and not self._optimizer.optimizer.state:
+            return state
         for name, parameter in self._network.named_parameters():
             for key in self._state_keys:
                 if self.config.engine.zero_stage:
@@ -161,6 +163,8 @@ class Engine:
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         """Set what `optimizer_state` gave, on any number of ranks and any ZeRO stage, before the first step."""
+        if not state:  # no step was taken, or none was good
+            return
         keys = self._state_keys
         scalars = {name[1:]: value for name, value in state.items() if name.startswith("/")}
         if self.config.engine.zero_stage:

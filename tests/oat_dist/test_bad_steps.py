@@ -64,7 +64,7 @@ def left_out(world, root, folder):
         kept = all(torch.equal(first[k], second[k]) for k in first)
         moved = not torch.equal(second["classifier.weight"], third["classifier.weight"])
         evidence = json.loads((where / f"bad_steps/step_00000002_rank{world.rank}.json").read_text())
-        _, too_many, _ = poisoned(config, world, pathlib.Path(folder, f"two {stage}"), bad_steps={1, 3})
+        _, too_many, _ = poisoned(config, world, pathlib.Path(folder, f"two {stage}"), bad_steps={2, 3})
         results[stage] = (kept, moved, said, training.health.skipped, evidence, too_many)
     return results
 
@@ -82,7 +82,7 @@ def test_a_bad_step_on_one_rank_is_left_out_on_all_and_one_too_many_stops(digits
     lines = [json.loads(line) for line in (tmp_path / "one 0/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3] and "loss" not in lines[1]
     assert sorted(path.name for path in (tmp_path / "two 2/bad_steps").iterdir()) == [
-        f"step_0000000{step}_rank{rank}.json" for step in (1, 3) for rank in (0, 1)
+        f"step_0000000{step}_rank{rank}.json" for step in (2, 3) for rank in (0, 1)
     ]
 
 
