@@ -26,8 +26,9 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
     """Run an entry script's main with the command line; its exit code says how it ended.
 
     A `UserError`, and a disk that is full or read-only, become one line on standard error (of the main rank) and exit
-    code 2; a run that a signal ended leaves one line and exit code 75; one that lost a rank leaves one line of each
-    of the others and exit code 1; anything else is a fault of ours and keeps its traceback. The `--local_rank=N` that DeepSpeed's launcher inserts is dropped: the rank is in the environment.
+    code 2; a run that a signal ended leaves one line and exit code 75; one that lost a rank leaves one line of each of
+    the others and exit code 1; anything else is a fault of ours and keeps its traceback. The `--local_rank=N` that
+    DeepSpeed's launcher inserts is dropped: the rank is in the environment.
     """
     kind, code = "error: ", 2
     argv = [a for a in sys.argv[1:] if not a.startswith("--local_rank=")]
