@@ -1,4 +1,4 @@
-"""Training on two or four ranks is training on one: in float64 through plain collectives, in float32 through DeepSpeed."""
+"""Two or four ranks train as one: in float64 through plain collectives, in float32 through DeepSpeed."""
 
 import dataclasses
 import functools
