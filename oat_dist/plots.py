@@ -12,7 +12,7 @@ from oat_dist.frontier import pareto_front
 
 
 def draw_frontier(report: dict, path: pathlib.Path) -> None:
-    """Draw the curve of a report: RA over SA, and both over lambda.
+    """Draw the curve of a report, RA over SA and both over lambda, with its confidence intervals.
 
     Args:
         report: In the form of frontier.json.
@@ -21,18 +21,22 @@ def draw_frontier(report: dict, path: pathlib.Path) -> None:
     points = sorted(report["points"], key=lambda point: point["lam"])
     lam = [p["lam"] for p in points]
     sa, ra = ([100 * p[key] for p in points] for key in ("sa", "ra"))
+    sa_bar, ra_bar = (_interval_bars(points, key) for key in ("sa", "ra"))
     attack = report["attack"]
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     curve, over_lambda = figure.subplots(1, 2)
 
-    curve.plot(sa, ra, "o-", color="tab:blue")
+    curve.errorbar(sa, ra, xerr=sa_bar, yerr=ra_bar, fmt="o-", color="tab:blue", elinewidth=0.7)
     for x, y, value in zip(sa, ra, lam, strict=True):
         curve.annotate(f"{value:g}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
     curve.set(xlabel="SA (%)", ylabel="RA (%)", title="one network, labelled by lambda")
 
-    over_lambda.plot(lam, sa, "o-", color="tab:green", label="SA")
-    over_lambda.plot(lam, ra, "s-", color="tab:red", label="RA")
+    over_lambda.errorbar(lam, sa, yerr=sa_bar, fmt="o-", color="tab:green", elinewidth=0.7, label="SA")
+    over_lambda.errorbar(lam, ra, yerr=ra_bar, fmt="s-", color="tab:red", elinewidth=0.7, label="RA")
+    if all("ra_worst" in p for p in points):
+        worst = [100 * p["ra_worst"] for p in points]
+        over_lambda.plot(lam, worst, "v--", color="tab:red", alpha=0.6, label="RA, worst lambda to attack through")
     over_lambda.set(xlabel="lambda", ylabel="accuracy (%)", ylim=(0, 100))
     over_lambda.legend(loc="center right")
     for axes in (curve, over_lambda):
@@ -46,7 +50,9 @@ def draw_frontier(report: dict, path: pathlib.Path) -> None:
 
 
 def draw_comparison(comparison: dict, about: dict, path: pathlib.Path) -> None:
-    """Draw RA over SA: dedicated networks with seed bars, their Pareto front and frame, and one network's curve.
+    """Draw RA over SA: dedicated networks, their Pareto front and frame, and one network's curve.
+
+    Bars are standard deviations over seeds where there are several, else confidence intervals.
 
     Args:
         comparison: From `oat_dist.comparison.compare`.
@@ -61,6 +67,9 @@ def draw_comparison(comparison: dict, about: dict, path: pathlib.Path) -> None:
     if ours:
         curve = sorted(ours["curve"], key=lambda point: point["lam"])
         axes.plot(*_percent(curve), ".-", color="tab:blue", label=f"one network, {len(curve)} lambdas")
+        x, y = _percent(ours["points"])
+        bars = {"xerr": _bars(ours["points"], "sa"), "yerr": _bars(ours["points"], "ra")}
+        axes.errorbar(x, y, **bars, fmt="none", ecolor="tab:blue", elinewidth=0.7)
         for point in ours["points"]:
             axes.annotate(f"{point['lam']:g}", (100 * point["sa"], 100 * point["ra"]), fontsize=7,
                           color="tab:blue", textcoords="offset points", xytext=(4, -9))  # fmt: skip
@@ -94,9 +103,9 @@ def draw_search(curves: Sequence[Sequence[dict]], best: int | None, comparison: 
 
 
 def _draw_dedicated(axes: Axes, comparison: dict) -> None:
-    """Dedicated points with seed bars, the edge of what they dominate, and the frame of the score."""
+    """Dedicated points with bars, the edge of what they dominate, and the frame of the score."""
     points, frame = comparison["dedicated"]["points"], comparison["frame"]
-    bars = [[100 * (point[f"{key}_std"] or 0.0) for point in points] for key in ("sa", "ra")]
+    bars = [_bars(points, key) for key in ("sa", "ra")]
     x, y = _percent(points)
     axes.errorbar(x, y, xerr=bars[0], yerr=bars[1], fmt="D", color="tab:red", capsize=2, label="dedicated networks")
     for point in points:
@@ -124,6 +133,24 @@ def _finish_frontier(figure: Figure, axes: Axes, about: dict, more: str) -> None
 
 def _percent(points: Sequence[dict]) -> tuple[list[float], list[float]]:
     return [100 * point["sa"] for point in points], [100 * point["ra"] for point in points]
+
+
+def _bars(points: Sequence[dict], key: str) -> list[list[float]] | None:
+    """Deviations over seeds, in percent, below and above each point; of one seed, its confidence intervals."""
+    if any(point.get(f"{key}_std") is None for point in points):
+        return _interval_bars(points, key)
+    return [[100 * point[f"{key}_std"] for point in points]] * 2
+
+
+def _interval_bars(points: Sequence[dict], key: str) -> list[list[float]] | None:
+    """How far the confidence intervals reach below and above each point, in percent; None where there are none."""
+    intervals = [point.get(f"{key}_ci") for point in points]
+    if None in intervals:
+        return None
+    both = list(zip(points, intervals, strict=True))
+    # A percentile interval may end a hair short of its point.
+    below = [100 * max(0.0, point[key] - low) for point, (low, _) in both]
+    return [below, [100 * max(0.0, high - point[key]) for point, (_, high) in both]]
 
 
 def _save(figure: Figure, path: pathlib.Path) -> None:

@@ -17,7 +17,7 @@ from oat_dist.data.sources import SOURCES
 from oat_dist.distributed import World
 from oat_dist.divergence import LossWatch, require_finite
 from oat_dist.engine import Engine, deepspeed_config
-from oat_dist.evaluation import EvaluationAttack
+from oat_dist.evaluation import EvaluationAttack, Plan
 from oat_dist.graphed import graph_replay
 from oat_dist.losses import robust_term
 from oat_dist.metrics import MetricsWriter, keep_metrics_until
@@ -65,8 +65,7 @@ def train(config: Config, world: World, after_epoch: AfterEpoch | None = None) -
         report.measure(
             training.finish(),
             data,
-            EvaluationAttack.of(config),
-            cfg.lambdas,
+            Plan(lambdas=cfg.lambdas, attack=EvaluationAttack.of(config), seed=config.seed),
             config=config,
             split=cfg.split,
             batch_size=cfg.batch_size,

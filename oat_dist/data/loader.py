@@ -160,12 +160,11 @@ def evaluation_batches(
     cfg: DataConfig,
     batch_size: int,
     *,
-    rank: int = 0,
-    ranks: int = 1,
     device: torch.device,
+    num_images: int | None = None,
 ) -> list[Batch]:
-    """Every `ranks`-th image of a split, unaugmented, as batches that stay on the device for all lambdas."""
-    row_M = torch.arange(data.counts[split])[rank::ranks]
+    """The first images of a split (default: all), unaugmented, as batches that stay on the device for all lambdas."""
+    row_M = torch.arange(data.counts[split])[:num_images]
     batches = []
     for image, label, index_N in open_reader(data, split, cfg, device).batches(row_M, batch_size):
         x, label_N = _to_device(image, label, device)

@@ -8,7 +8,6 @@ import torch
 from oat_dist.attacks import pgd
 from oat_dist.config import Config, DataConfig
 from oat_dist.data import evaluation_batches
-from oat_dist.distributed import World
 from oat_dist.evaluation import EvaluationAttack, evaluate
 from oat_dist.models import build_model
 from oat_dist.random import draw_keys
@@ -27,10 +26,8 @@ def make_network():
     return network
 
 
-def batches(digits, size=512, world=None):
-    world = world or World()
-    cfg = DataConfig(loader="memory")
-    return evaluation_batches(digits, "test", cfg, size, rank=world.rank, ranks=world.ranks, device=world.device)
+def batches(digits, size=512):
+    return evaluation_batches(digits, "test", DataConfig(loader="memory"), size, device=torch.device("cpu"))
 
 
 def by_hand(network, digits, lam, attack):
@@ -83,7 +80,7 @@ def test_a_stronger_attack_leaves_fewer_images_and_none_adds_any(digits):
 def shared(world, folder):
     from oat_dist.data import open_prepared
 
-    return evaluate(make_network(), batches(open_prepared(folder, "digits"), 64, world), LAMBDAS, ATTACK, world=world)
+    return evaluate(make_network(), batches(open_prepared(folder, "digits"), 64), LAMBDAS, ATTACK, world=world)
 
 
 @pytest.mark.dist
