@@ -54,7 +54,7 @@ def break_images(
     Returns:
         [N] bool: the point that the attack found lies in the ball and is answered wrongly.
     """
-    if len(x) == 0 or attack.eps == 0:  # the ball of radius 0 holds the image alone
+    if attack.eps == 0:  # the ball of radius 0 holds the image alone
         return torch.zeros_like(label, dtype=torch.bool)
     # Channels last in memory as they come, which the package's views cannot take.
     x = x.contiguous()

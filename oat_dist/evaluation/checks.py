@@ -26,11 +26,11 @@ from oat_dist.evaluation.surface import Surface, Surfaces
 from oat_dist.models.network import ConditionalNetwork
 from oat_dist.random import draw_keys
 
-PROBE = 64
+PROBE = 32
 """Images whose answers and gradients are looked at, per lambda."""
-REPEATS = 3
+REPEATS = 2
 """Forward passes of the same images."""
-SEARCH_IMAGES, SEARCH_QUERIES = 32, 32
+SEARCH_IMAGES, SEARCH_QUERIES = 32, 16
 """Images that withstood everything and are attacked once more without gradients, and the queries of that."""
 _LOGITS_DIFFER = 1e-4
 """Distance of two answers to one image, of logits divided by their length."""

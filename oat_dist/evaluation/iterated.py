@@ -25,6 +25,10 @@ from oat_dist.evaluation.surface import Surface
 from oat_dist.random import draw_keys
 
 
+GRANULE = 16
+"""Sizes that a batch may shrink to are multiples of this."""
+
+
 def margin(logits: Tensor, label: Tensor) -> Tensor:
     """[N] largest wrong logit minus that of the label: positive where the answer is wrong."""
     mine = logits.gather(1, label[:, None])
@@ -128,24 +132,33 @@ def _run(
     """[N] bool: which images one start breaks."""
     broken = torch.zeros_like(label, dtype=torch.bool)
     at = torch.arange(len(x), device=x.device)
-    momentum = torch.zeros_like(x)
+    momentum = torch.zeros(1, device=x.device)
     for step in range(attack.steps + 1):
         is_last = step == attack.steps
-        grad, logits = None, None
-        if not is_last:
-            grad, logits = _gradient(surface, x_adv, label, target, attack)
-        wrong = ball.keep_inside(_is_wrong(surface, x_adv, label, logits), x, x_adv)
-        broken[at[wrong]] = True
-        left = (~wrong).nonzero().flatten()
-        if is_last or len(left) == 0:
+        grad, logits = (None, None) if is_last else _gradient(surface, x_adv, label, target, attack)
+        broken[at] |= ball.keep_inside(_is_wrong(surface, x_adv, label, logits), x, x_adv)
+        kept = _kept(broken[at])
+        if is_last or len(kept) == 0:
             break
-        if len(left) < len(x):
-            at, x, x_adv, label, grad = (each[left] for each in (at, x, x_adv, label, grad))
-            momentum = momentum[left]
-            target = None if target is None else target[left]
+        if len(kept) < len(at):
+            at, x, x_adv, label, grad = (each[kept] for each in (at, x, x_adv, label, grad))
+            momentum = momentum[kept] if momentum.dim() > 1 else momentum
+            target = None if target is None else target[kept]
         momentum = _accumulated(momentum, grad, attack)
         x_adv = _step(x, x_adv, momentum, attack)
     return broken
+
+
+def _kept(broken: Tensor) -> Tensor:
+    """Places of the images that go on: those not broken, and as many others as make a multiple of `GRANULE`.
+
+    A new batch size costs a new plan of every convolution; multiples of a granule are few sizes.
+    """
+    left = (~broken).nonzero().flatten()
+    if len(left) == 0:
+        return left
+    size = min(len(broken), -(-len(left) // GRANULE) * GRANULE)
+    return torch.cat((left, broken.nonzero().flatten()[: size - len(left)]))
 
 
 @torch.no_grad()
@@ -169,7 +182,7 @@ def _random_run(
 
     To ask at every iterate would count luck: an image that is wrong one time in twenty is nearly always wrong once.
     """
-    momentum = torch.zeros_like(x)
+    momentum = torch.zeros(1, device=x.device)
     worst, x_worst = x.new_full((len(x),), -torch.inf), x_adv
     for step in range(attack.steps + 1):
         grad, logits = _gradient(surface, x_adv, label, target, attack)

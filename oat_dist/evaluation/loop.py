@@ -223,6 +223,8 @@ class _Worker:
         attack = self.plan.attack.parts[stage - 1]
         ball = Ball(attack.norm, attack.eps)
         left = robust.nonzero().flatten()
+        if len(left) == 0:
+            return torch.zeros_like(robust), 0
         x, label = batch.image_NCHW[left], batch.label_N[left]
         if attack.is_iterated:
             index = batch.index_N.to(x.device)[left]
