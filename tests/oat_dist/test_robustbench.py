@@ -53,7 +53,9 @@ def test_gradients_reach_the_images_alone_and_everything_moves_with_the_module(i
     torch.nn.functional.cross_entropy(model(x), label).backward()
     assert x.grad.abs().sum() > 0 and not any(p.requires_grad for p in model.parameters())
     exact = model.to(torch.float64)(x.detach().double())
-    assert exact.dtype == torch.float64 and torch.allclose(exact.float(), FixedLambda(perturbed_network(), LAM)(x))
+    assert exact.dtype == torch.float64 and torch.allclose(
+        exact, FixedLambda(perturbed_network(), LAM)(x).double(), rtol=1e-3, atol=1e-2
+    )
 
 
 def test_autoattack_takes_the_module(images, model):
