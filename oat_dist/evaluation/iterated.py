@@ -24,7 +24,6 @@ from oat_dist.evaluation.specs import MOMENTUM, EvaluationAttack
 from oat_dist.evaluation.surface import Surface
 from oat_dist.random import draw_keys
 
-
 GRANULE = 16
 """Sizes that a batch may shrink to are multiples of this."""
 
