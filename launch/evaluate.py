@@ -89,7 +89,7 @@ def _parser() -> ArgumentParser:
     add("--target-ra", type=float, help="choose, on validation, the lambda with the highest SA that has this RA")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the gradients; successes are checked in fp32")
     add("--split", choices=SPLITS, default="test")
-    add("--num-images", type=int, help="the first images of the split only")
+    add("--num-images", type=int, help="only so many images of the split, evenly spread")
     add("--batch-size", type=int, default=512, help="images per forward pass and rank")
     add("--loader", choices=["ffcv", "memory"], help="default: that of training")
     add("--data-root", help="folder of the prepared data sets; default: that of training")

@@ -4,7 +4,8 @@
 "points": [{"lam": 0.0, "sa": 0.99, "ra": 0.05, "sa_ci": [0.97, 1.0], "ra_ci": [0.02, 0.09], ...}, ...],
 "confidence": {...}, "checks": [...], ...}                      accuracies are fractions in [0, 1]
 
-`oat_dist.evaluation.summary` has all keys of a point, `oat_dist.evaluation.checks` those of a check.
+`oat_dist.evaluation.summary` has all keys of a point, `oat_dist.evaluation.checks` those of a check. With "collapse"
+(`oat_dist.guard.Collapse`) where the guard stepped in while the network was trained.
 """
 
 import json
@@ -22,6 +23,7 @@ from oat_dist.evaluation import AttackList, EvaluationAttack, Plan, run_plan
 from oat_dist.evaluation.checks import self_checks
 from oat_dist.evaluation.summary import summary, write_images
 from oat_dist.evaluation.unit_log import forget_units
+from oat_dist.guard import Collapse
 from oat_dist.models.network import ConditionalNetwork
 from oat_dist.robustbench import write_model_infos
 from oat_dist.weights import whole_file
@@ -54,7 +56,7 @@ def measure(
         batch_size: Images per forward pass.
         world: The ranks that share the work.
         stem: Path without suffix; its folder exists.
-        num_images: Measure the first images of the split only; default: all.
+        num_images: Images of the split, evenly spread; default: all.
         more: Further keys of the report.
         quiet: Print nothing.
 
@@ -117,7 +119,7 @@ def write_report(report: dict, stem: pathlib.Path) -> list[pathlib.Path]:
 
 
 def print_report(report: dict, paths: Sequence[pathlib.Path], console: Console | None = None) -> None:
-    """Print the table lambda / SA / RA with 95% intervals, the checks that were flagged, and where the files are.
+    """Print the table lambda / SA / RA with 95% intervals, flagged checks, where the files are, a collapse in training.
 
     Args:
         report: In the form of frontier.json.
@@ -146,6 +148,8 @@ def print_report(report: dict, paths: Sequence[pathlib.Path], console: Console |
             console.print(f"flagged: {check['check']}{where}: {check['worst']:.3g} {check['detail']}", soft_wrap=True)
     for path in paths:
         print(path)
+    if "collapse" in report:
+        console.print(Collapse(**report["collapse"]).sentence, soft_wrap=True)
 
 
 def _accuracy(point: dict, key: str) -> str:

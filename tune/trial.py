@@ -79,7 +79,7 @@ def _run_candidate(
     config = job_config(job, base)
     attack, cfg = EvaluationAttack.of(config), config.evaluation
     batches = evaluation_batches(data, cfg.split, config.data, cfg.batch_size, device=world.device)
-    images_per_epoch = data.counts["train"] // config.optim.batch_size * config.optim.batch_size
+    images_per_epoch = config.steps_per_epoch(data.counts["train"]) * config.optim.batch_size
     clock = _Clock()
 
     def tell(epoch: int, points: list[dict], run: pathlib.Path | None) -> None:

@@ -15,7 +15,7 @@ Letters: N images, C channels, L distinct lambdas, K classes in logits_NK.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -66,16 +66,36 @@ class ConditionalNetwork(nn.Module):
         self.pixel_mean, self.pixel_std = mean_C, std_C
 
     def forward(
-        self, x: Tensor, cond: Condition | Frozen, *, with_features: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [N, K] of images [N, C, H, W] in [0, 1]; with `with_features` also the penultimate features [N, F]."""
+        self,
+        x: Tensor,
+        cond: Condition | Frozen,
+        *,
+        with_features: bool = False,
+        within: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Logits of images.
+
+        Args:
+            x: [N, C, H, W] images in [0, 1].
+            cond: What the network is told about their lambdas.
+            with_features: Give the penultimate features too.
+            within: What is to be worked out from the logits before anything outside sees them: DeepSpeed takes the
+                first backward pass through an output for that of the training loss, so gradients that are part of the
+                loss have to be taken here.
+
+        Returns:
+            Logits [N, K], or a tuple of them, features [N, F] if asked for, and what `within` returned.
+        """
         x = x.contiguous(memory_format=torch.channels_last)
         if self.pixel_mean is not None:
             x = (x - self.pixel_mean[:, None, None]) / self.pixel_std[:, None, None]
         if with_features:
             features = self._features(x, cond)
-            return self.classifier(features), features
-        return self._logits(x, cond)
+            outputs = (self.classifier(features), features)
+        else:
+            outputs = (self._logits(x, cond),)
+        outputs += () if within is None else within(outputs[0])
+        return outputs if len(outputs) > 1 else outputs[0]
 
     def _logits(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
         """Logits [N, K] of normalised images."""

@@ -53,6 +53,14 @@ def test_ffcv_reads_an_evaluation_split_whole_and_in_order(digits):
         assert torch.equal((pixels * 255).round().byte(), torch.from_numpy(source.images_NHWC[index.numpy(), :, :, 0]))
 
 
+@pytest.mark.parametrize("loader", ["memory", pytest.param("ffcv", marks=needs_ffcv)])
+def test_a_part_of_an_evaluation_split_is_spread_over_it(digits, loader):
+    whole = read_digits().splits["test"]  # 180
+    batches = evaluation_batches(digits, "test", DataConfig(loader=loader), 3, num_images=8, device=CPU)
+    rows = [batch.index_N.tolist() for batch in batches]
+    assert rows == [whole[[0, 22, 45]].tolist(), whole[[67, 90, 112]].tolist(), whole[[135, 157]].tolist()]
+
+
 @needs_ffcv
 def test_reading_leaves_the_number_of_threads_alone(digits):
     threads = torch.get_num_threads()

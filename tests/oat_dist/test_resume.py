@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file
 
 from oat_dist.checkpoint import CheckpointStore
-from oat_dist.config import AttackConfig, Config, DataConfig, EngineConfig, EvaluationConfig, OptimConfig
+from oat_dist.config import AttackConfig, Config, DataConfig, EngineConfig, EvaluationConfig, LossConfig, OptimConfig
 from oat_dist.data import TrainLoader, open_prepared, prepare
 from oat_dist.data.ffcv_io import is_installed
 from oat_dist.trainer import Training
@@ -21,9 +21,12 @@ EPOCHS, BATCH = 3, 32  # three steps per epoch of the small set
 KILLED_AT = 7  # in the third epoch, one step after a checkpoint
 
 
-def make_config(root, *, loader="memory", norm="linf", sync=False, optim=None, validate=0, **engine) -> Config:
+def make_config(
+    root, *, loader="memory", norm="linf", sync=False, optim=None, validate=0, extra=None, robust="pgd_at", **engine
+) -> Config:
     return Config(
-        data=DataConfig(root=root, dataset="small", loader=loader, shift_pixels=1),
+        data=DataConfig(root=root, dataset="small", loader=loader, shift_pixels=1, extra=extra, extra_share=0.1),
+        loss=LossConfig(robust=robust),
         attack=AttackConfig(norm=norm, eps_255=76.5 if norm == "linf" else 300.0, steps=1),
         optim=OptimConfig(**{"batch_size": BATCH, "lr": 0.05, "epochs": EPOCHS, "ema_decay": 0.5} | (optim or {})),
         engine=EngineConfig(sync_statistics=sync, **engine),
@@ -37,7 +40,7 @@ SETTINGS = {
     "zero 1": {"zero_stage": 1},
     "zero 2, accumulating": {"zero_stage": 2, "accumulation": 2},
     "bf16": {"precision": "bf16"},
-    "adamw": {"optim": {"optimizer": "adamw", "nesterov": False}},
+    "adamw, extra images": {"optim": {"optimizer": "adamw", "nesterov": False}, "extra": "small", "robust": "rst_adv"},
     "adamw, zero 1": {"optim": {"optimizer": "adamw", "nesterov": False}, "zero_stage": 1},
     "no momentum, zero 2": {"optim": {"momentum": 0.0, "nesterov": False}, "zero_stage": 2},
     "choosing by validation": {"validate": 1},
