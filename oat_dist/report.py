@@ -72,7 +72,8 @@ def measure(
     checks = self_checks(network, batches, outcome, world=world)
     found = summary(outcome)
     report = describe(config, data, split, plan.attack, found.pop("points"))
-    report |= {"num_examples": len(outcome.index_M), **found, "checks": checks, **(more or {})}
+    report |= {"num_examples": len(outcome.index_M), "precision": plan.precision, "seed": plan.seed}
+    report |= {**found, "checks": checks, **(more or {})}
     if world.is_main:
         write_images(outcome, stem.with_name(stem.name + ".images.safetensors"))
         paths = write_report(report, stem)
@@ -142,6 +143,8 @@ def print_report(report: dict, paths: Sequence[pathlib.Path], console: Console |
         drawn = report["random_lambda"]
         table.add_row("random", _accuracy(drawn, "sa"), _accuracy(drawn, "ra"), *[""] * has_worst)
     console.print(table)
+    if "matrix" in report:
+        console.print(_matrix_table(report["matrix"]))
     for check in report.get("checks", []):
         if check["flagged"]:
             where = f" at lambda {', '.join(f'{lam:g}' for lam in check['lambdas'])}" if check["lambdas"] else ""
@@ -150,6 +153,17 @@ def print_report(report: dict, paths: Sequence[pathlib.Path], console: Console |
         print(path)
     if "collapse" in report:
         console.print(Collapse(**report["collapse"]).sentence, soft_wrap=True)
+
+
+def _matrix_table(matrix: dict) -> Table:
+    """RA of every lambda that answers, attacked through every lambda the attacker may choose."""
+    table = Table(title="RA % by the lambda that answers (across) and the lambda that is attacked through (down)")
+    for name in ("", *(f"{lam:g}" for lam in matrix["lambdas"])):
+        table.add_column(name, justify="right")
+    for at, via in enumerate(matrix["attack_lambdas"]):
+        cells = zip(matrix["ra"][at], matrix["ra_ci"][at], strict=True)
+        table.add_row(f"{via:g}", *(_accuracy({"ra": ra, "ra_ci": interval}, "ra") for ra, interval in cells))
+    return table
 
 
 def _accuracy(point: dict, key: str) -> str:

@@ -26,6 +26,7 @@ def test_points_count_images_and_attacks():
     points = summary(outcome([[-1, 0, 1, 2, -1], [-1, -1, -1, -1, 1]], lambdas=(0.0, 1.0)))["points"]
     assert [(p["lam"], p["sa"], p["ra"]) for p in points] == [(0.0, 0.8, 0.4), (1.0, 1.0, 0.8)]
     assert points[0]["ra_after"] == {"pgd-5": 0.6, "cw-5": 0.4}
+    assert points[0]["ra_after_ci"]["cw-5"] == points[0]["ra_ci"] and points[0]["ra_after_ci"]["pgd-5"][1] > 0.6
     for point in points:
         assert point["sa_ci"][0] <= point["sa"] <= point["sa_ci"][1]
     assert points[1]["sa_ci"] == [1.0, 1.0], "where all images agree the interval is a point"
@@ -36,7 +37,11 @@ def test_the_worst_lambda_is_chosen_image_by_image_and_the_matrix_has_all_pairs(
             [-1, 1, -1, 0], [1, -1, -1, -1]]  # lambda 0 through 1, lambda 1 through 0  # fmt: skip
     found = summary(outcome(rows, lambdas=(0.0, 1.0), attack_lambdas=(0.0, 1.0)))
     assert [(p["ra"], p["ra_worst"]) for p in found["points"]] == [(0.75, 0.5), (0.75, 0.5)]
-    assert found["matrix"] == {"attack_lambdas": [0.0, 1.0], "lambdas": [0.0, 1.0], "ra": [[0.75, 0.75], [0.5, 0.75]]}
+    matrix = found["matrix"]
+    bounds = matrix.pop("ra_ci")
+    assert matrix == {"attack_lambdas": [0.0, 1.0], "lambdas": [0.0, 1.0], "ra": [[0.75, 0.75], [0.5, 0.75]]}
+    assert bounds[0][0] == found["points"][0]["ra_ci"] and bounds[1][1] == found["points"][1]["ra_ci"]
+    assert bounds[1][0][0] < bounds[0][1][0] <= 0.75 <= bounds[0][1][1]
     assert found["points"][0]["ra_worst_ci"][0] <= 0.5 <= found["points"][0]["ra_worst_ci"][1]
 
 
