@@ -4,6 +4,7 @@ import gc
 import math
 import pathlib
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import NoReturn
 
 import torch
@@ -22,7 +23,7 @@ from oat_dist.distributed import World
 from oat_dist.divergence import require_finite
 from oat_dist.engine import Engine
 from oat_dist.errors import PreemptedError
-from oat_dist.evaluation import EvaluationAttack
+from oat_dist.evaluation import EvaluationAttack, Plan
 from oat_dist.graphed import graph_replay
 from oat_dist.guard import Guard, guard_action, needs_validation, read_collapse
 from oat_dist.hang import HangWatch
@@ -78,14 +79,13 @@ def _train(config: Config, world: World, signals: StopSignals, after_epoch: Afte
         report.measure(
             training.finish(),
             data,
-            EvaluationAttack.of(config),
-            cfg.lambdas,
+            Plan(lambdas=cfg.lambdas, attack=EvaluationAttack.of(config), seed=config.seed),
             config=config,
             split=cfg.split,
             batch_size=cfg.batch_size,
             world=world,
             stem=run / "frontier",
-            collapse=training.collapse,
+            more={"collapse": asdict(training.collapse)} if training.collapse else None,
         )
     finally:
         lock.release()

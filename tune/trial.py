@@ -78,9 +78,7 @@ def _run_candidate(
 ) -> None:  # fmt: skip
     config = job_config(job, base)
     attack, cfg = EvaluationAttack.of(config), config.evaluation
-    batches = evaluation_batches(
-        data, cfg.split, config.data, cfg.batch_size, rank=world.rank, ranks=world.ranks, device=world.device
-    )
+    batches = evaluation_batches(data, cfg.split, config.data, cfg.batch_size, device=world.device)
     images_per_epoch = config.steps_per_epoch(data.counts["train"]) * config.optim.batch_size
     clock = _Clock()
 

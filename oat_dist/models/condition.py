@@ -90,6 +90,6 @@ class Frozen:
             weights=dict(zip(self.weights, rest[num_halves:], strict=True)),
         )
 
-    def for_row(self, row: int, num_images: int) -> "Frozen":
-        """The same network with one distinct lambda for all of `num_images` images."""
-        return replace(self, row_N=self.row_N.new_full((num_images,), row))
+    def for_rows(self, row_N: Tensor) -> "Frozen":
+        """The same network for other images, given the row of each among the distinct lambdas."""
+        return replace(self, row_N=row_N)
