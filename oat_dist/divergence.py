@@ -16,10 +16,10 @@ from oat_dist.checkpoint import Checkpoint
 from oat_dist.distributed import World
 from oat_dist.errors import NonFiniteError
 
-_EDGES_B = torch.tensor([tenth / 10 for tenth in range(11)], dtype=torch.float64)
-_NAMES = (
+TENTHS_B = torch.tensor([tenth / 10 for tenth in range(11)], dtype=torch.float64)
+LAMBDA_BINS = (
     "0",
-    *(f"({low:g},{high:g}]" for low, high in zip(_EDGES_B[:-1].tolist(), _EDGES_B[1:].tolist(), strict=True)),
+    *(f"({low:g},{high:g}]" for low, high in zip(TENTHS_B[:-1].tolist(), TENTHS_B[1:].tolist(), strict=True)),
 )
 _NEVER = 2**62
 _MOST_NAMES = 3
@@ -38,7 +38,7 @@ class LossWatch:
         self._step = -1
         self._first = torch.full((), _NEVER, dtype=torch.int64, device=world.device)
         self._first_gradient = self._first.clone()
-        self._counts_2B = torch.zeros(2, len(_NAMES), dtype=torch.int64, device=world.device)
+        self._counts_2B = torch.zeros(2, len(LAMBDA_BINS), dtype=torch.int64, device=world.device)
 
     @torch.no_grad()
     def add(self, step: int, loss_N: Tensor, lam_N: Tensor) -> None:
@@ -49,7 +49,7 @@ class LossWatch:
             loss_N: Per-image losses.
             lam_N: [N] float64 on the host.
         """
-        bin_N = torch.searchsorted(_EDGES_B, lam_N).to(loss_N.device, non_blocking=True)
+        bin_N = torch.searchsorted(TENTHS_B, lam_N).to(loss_N.device, non_blocking=True)
         bad_N = ~loss_N.isfinite()
         if step != self._step:
             self._step = step
@@ -90,8 +90,8 @@ class LossWatch:
             _stop(
                 f"gradient is not finite at step {gradient_step}, every loss is", self.world, last_good, gradient_step
             )
-        bad, seen = counts[: len(_NAMES)], counts[len(_NAMES) :]
-        by_lambda = ", ".join(f"{name}: {b}/{n}" for name, b, n in zip(_NAMES, bad, seen, strict=True) if n)
+        bad, seen = counts[: len(LAMBDA_BINS)], counts[len(LAMBDA_BINS) :]
+        by_lambda = ", ".join(f"{name}: {b}/{n}" for name, b, n in zip(LAMBDA_BINS, bad, seen, strict=True) if n)
         _stop(
             f"loss is not finite at step {step} for {sum(bad)} of {sum(seen)} images; by lambda {by_lambda}",
             self.world,

@@ -5,9 +5,10 @@ of the global batch), and its own division by the accumulation steps is switched
 rank or micro-batch still weigh every image the same.
 """
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from oat_dist.config import Config
 from oat_dist.distributed import World
 from oat_dist.models.condition import Condition
 from oat_dist.optim import build_optimizer
+
+_COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor",
+                "reduce_scatter", "all_to_all_single")  # fmt: skip
 
 
 def deepspeed_config(config: Config, ranks: int) -> dict:
@@ -143,6 +147,36 @@ class Engine:
         if self.config.engine.max_bad_steps and not self._grad_norm.isfinite():
             for parameter in parameters:
                 parameter.grad = None
+
+    @contextlib.contextmanager
+    def metered(self, communicate: Callable[[Callable[[], Any], float], Any]) -> Iterator[None]:
+        """While the block runs, pass every collective of DeepSpeed through a function.
+
+        Args:
+            communicate: Takes the collective, to be called, and how many bytes this rank sends for it in a ring: twice
+                the tensor for a reduction to all, once for all others, less the share of one rank.
+        """
+        backend = _import_deepspeed().comm.comm.cdb
+        away, names = (self.world.ranks - 1) / self.world.ranks, [n for n in _COLLECTIVES if hasattr(backend, n)]
+
+        def through(name: str) -> Callable[..., Any]:
+            collective = getattr(backend, name)
+
+            def metered(*args: Any, **kwargs: Any) -> Any:
+                tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+                size = max((t.numel() * t.element_size() for t in tensors), default=0)
+                sent = size * away * (2 if name == "all_reduce" else 1)
+                return communicate(lambda: collective(*args, **kwargs), sent)
+
+            return metered
+
+        for name in names:
+            setattr(backend, name, through(name))
+        try:
+            yield
+        finally:
+            for name in names:
+                delattr(backend, name)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The whole optimiser state on every rank, gathered from its shards; all ranks must call.

@@ -355,10 +355,15 @@ class LoggingConfig:
     """Steps between two lines of metrics.jsonl; the only steps on which the host waits for the device."""
     tensorboard: bool = True
     """Write TensorBoard event files into the run folder."""
+    wandb: bool = False
+    """Show the metrics on Weights & Biases too, which must be installed; WANDB_MODE=offline keeps them here."""
+    profile_steps: int = 0
+    """Steps of which torch.profiler records a trace, from the third on, into profile/ of the run folder."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         require(self.interval_steps >= 1, "logging.interval_steps", self.interval_steps, "must be at least 1")
+        require(self.profile_steps >= 0, "logging.profile_steps", self.profile_steps, "must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,10 @@ class StepLosses:
     """Scalars on the device, to be summed over images, micro-batches and ranks."""
     num_clean: int
     """Images that took part clean, over which the clean counts go."""
+    correct_clean_M: Tensor
+    """Whether each of these was classified correctly."""
+    correct_robust_A: Tensor
+    """Whether each attacked image was."""
 
 
 def training_losses(
@@ -53,6 +57,7 @@ def training_losses(
     forward: Forward,
     plan: AttackPlan | None = None,
     replay: GraphReplay | None = None,
+    on_attacked: Callable[[], None] = lambda: None,
 ) -> StepLosses:
     """Losses of a micro-batch.
 
@@ -65,6 +70,7 @@ def training_losses(
         forward: The training forward: the network itself or an engine around it.
         plan: The attack; default: that of the configuration.
         replay: Runs the attack as one recorded graph; always the same for one network and plan.
+        on_attacked: Called between attack and training forward.
 
     Returns:
         Per-image losses and counts.
@@ -76,6 +82,7 @@ def training_losses(
     frozen = network.freeze(cond, dtype=attack_dtype(config.engine.precision)).images(attacked)
     of_attacked = x[attacked], label_N[attacked], batch.index_N[attacked]
     x_adv = attack_images(network, frozen, *of_attacked, config=config, epoch=epoch, plan=plan, replay=replay)
+    on_attacked()
     images = [x[attacked], x_adv]
     if "noisy_logits" in objective.needs:
         images.append(noisy_images(x[attacked], batch.index_N[attacked], config=config, epoch=epoch))
@@ -105,15 +112,19 @@ def training_losses(
     )  # fmt: skip
     if config.data.extra is not None:
         loss_N = loss_N * _weights(batch, config.data.extra_weight).to(loss_N.device, loss_N.dtype, non_blocking=True)
+    correct_clean_M, correct_robust_A = logits[0].argmax(1) == clean_label, logits[1].argmax(1) == examples.label_A
     counts = {
         "loss": loss_N.sum(),
         "loss_clean": clean_loss_M.sum(),
         "loss_robust": robust_A.sum(),
-        "correct_clean": (logits[0].argmax(1) == clean_label).sum(),
-        "correct_robust": (logits[1].argmax(1) == examples.label_A).sum(),
+        "correct_clean": correct_clean_M.sum(),
+        "correct_robust": correct_robust_A.sum(),
     }
     counts = {key: value.detach() for key, value in counts.items()}
-    return StepLosses(loss_N=loss_N, counts=counts, num_clean=len(x_clean))
+    return StepLosses(
+        loss_N=loss_N, counts=counts, num_clean=len(x_clean), correct_clean_M=correct_clean_M,
+        correct_robust_A=correct_robust_A,
+    )  # fmt: skip
 
 
 def _fields_of_outputs(

@@ -1,7 +1,6 @@
 """Training from a configuration to a run folder: file -> loader -> condition -> attack -> forward -> loss -> engine."""
 
 import gc
-import math
 import pathlib
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from torch import Tensor
 from oat_dist import data as data_sets
 from oat_dist import report, runs
 from oat_dist.bad_steps import StepHealth
+from oat_dist.boards import open_boards, require_boards
 from oat_dist.checkpoint import Checkpoint, CheckpointStore
 from oat_dist.compilation import require_compiler
 from oat_dist.conditioning import LambdaSampler
@@ -34,10 +34,11 @@ from oat_dist.models import build_model
 from oat_dist.models.init_from import initialise_from
 from oat_dist.models.network import ConditionalNetwork
 from oat_dist.optim import AveragedNetwork, learning_rate
+from oat_dist.profiling import profiled_steps
 from oat_dist.progress import progress_bar
 from oat_dist.resume import RunLock, open_run, rewind
 from oat_dist.step import training_losses
-from oat_dist.step_log import StepLog
+from oat_dist.telemetry import Telemetry
 from oat_dist.validation import Validator
 from oat_dist.weights import load_exactly
 
@@ -67,6 +68,7 @@ def train(config: Config, world: World, after_epoch: AfterEpoch | None = None) -
 
 def _train(config: Config, world: World, signals: StopSignals, after_epoch: AfterEpoch | None) -> pathlib.Path:
     robust_term(config)
+    require_boards(config)
     if config.engine.compile:
         require_compiler(world.device)
     data, extra = world.on_main(lambda: open_all_data(config))
@@ -195,7 +197,7 @@ class Training:
         self.averaged = AveragedNetwork(self.network, config.optim.ema_decay) if config.optim.ema_decay else None
         self.store = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep)
         self.replay = graph_replay(config.engine.cuda_graph, world.device, name="attack")
-        self.log = StepLog(world)
+        self.log = Telemetry(world, config.conditioning)
         self.health = StepHealth(world, run, self.network, max_bad_steps=config.engine.max_bad_steps)
         self.hang = HangWatch(world, config.engine.hang_timeout_s)
         self.validator = Validator(config, data, world=world, run=run) if config.evaluation.interval_epochs else None
@@ -232,10 +234,12 @@ class Training:
         )
         total = config.optim.epochs * loader.steps_per_epoch
         with (
-            MetricsWriter(self.run if world.is_main else None, tensorboard=config.logging.tensorboard) as metrics,
+            self._metrics() as metrics,
             progress_bar("training", total, is_main=world.is_main, done=self.step) as advance,
             self.signals.deferred(),
             self.hang,
+            self.engine.metered(self.log.communicate),
+            profiled_steps(self.run, world.rank, config.logging.profile_steps) as profiled,
         ):
             first_epoch, first_step = divmod(self.step, loader.steps_per_epoch)
             for epoch in range(first_epoch, first_epoch if self._is_stopped else config.optim.epochs):
@@ -244,17 +248,16 @@ class Training:
                     if self.step % config.logging.interval_steps == 0 or self.step == total:
                         self.health.check(self.store.newest)
                         lr = learning_rate(config.optim, self.step - 1, total)
-                        values, images = self.log.flush()
-                        metrics.write(self.step, {"epoch": epoch, "lr": lr, **values}, images=images)
-                        advance(f"epoch {epoch + 1}, loss {values.get('loss', math.nan):.3f}")
-                    else:
-                        advance()
+                        self.log.report(metrics, self.step, total, epoch=epoch, lr=lr)
+                    advance(f"epoch {epoch + 1}")
+                    profiled()
                     stops = self.signals.agreed()
                     if stops and at + 1 < loader.steps_per_epoch:
                         self._stop_here(within_epoch=True)
                 first_step = 0
                 with self.hang.paused():
                     goes_on = self._end_epoch(epoch, metrics)
+                self.log.clock.start()
                 if not goes_on:
                     return False
                 if stops:
@@ -266,6 +269,10 @@ class Training:
                         after_epoch(epoch + 1, self.best_so_far)
         self.store.wait()
         return True
+
+    def _metrics(self) -> MetricsWriter:
+        is_main = self.world.is_main
+        return MetricsWriter(self.run if is_main else None, open_boards(self.config, self.run) if is_main else ())
 
     def finish(self) -> torch.nn.Module:
         """Write model.safetensors - the best network by validation score, or the last - and return it."""
@@ -282,24 +289,28 @@ class Training:
     def _take_step(self, sampler: LambdaSampler, micro_batches: list, epoch: int, at: int, lr: float) -> None:
         """One optimiser step: condition, attack, forward, loss, backward for every micro-batch."""
         self.health.begin()
+        self.log.clock.mark("data")
         step, done, grad_norm = self.step + 1, [], None
         for batch in micro_batches:
             self.hang.note(f"attack or forward of step {step}")
             lam_N = sampler.draw(epoch, at, batch.position_N, batch.index_N)
             losses = training_losses(
                 self.network, batch, lam_N, config=self.config, epoch=epoch, forward=self.engine.forward,
-                plan=self.plan, replay=self.replay,
+                plan=self.plan, replay=self.replay, on_attacked=lambda: self.log.clock.mark("attack"),
             )  # fmt: skip
             self.hang.note(f"backward or update of step {step}")
             grad_norm = self.engine.backward_and_step(losses.loss_N, lr)
             self.health.add(step, epoch, batch.index_N, lam_N, losses.loss_N)
             done.append((losses, lam_N))
+            self.log.clock.mark("train")
         if not self.health.is_good(step, grad_norm):
             done.clear()
         for losses, lam_N in done:
-            self.log.add(losses.counts, images=len(lam_N), clean=losses.num_clean, robust=int((lam_N > 0).sum()))
+            self.log.add(losses, lam_N)
+        self.log.end_step(grad_norm)
         if done and self.averaged is not None:
             self.averaged.update(self.step)
+        self.log.clock.mark("train")
         self.step += 1
         self.hang.note(f"the images after step {self.step}")
 
