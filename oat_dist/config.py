@@ -1,7 +1,7 @@
 """The configuration of a run: all sections, the checks between them, and what names a run.
 
 Standard library only, nothing is read and no device is touched. `config_io.py` fills the tree from YAML and the command
-line; the settings themselves are in `settings.py`.
+line; the settings themselves are in `settings.py` and `running_settings.py`.
 """
 
 import hashlib
@@ -10,15 +10,13 @@ import math
 from dataclasses import asdict, dataclass, field
 
 from oat_dist.errors import require
+from oat_dist.running_settings import CheckpointConfig, EngineConfig, LoggingConfig
 from oat_dist.settings import (
     PAPER_LAMBDAS,
     AttackConfig,
-    CheckpointConfig,
     ConditioningConfig,
     DataConfig,
-    EngineConfig,
     EvaluationConfig,
-    LoggingConfig,
     LossConfig,
     ModelConfig,
     OptimConfig,
@@ -112,15 +110,15 @@ def computed_settings(config: Config) -> dict[str, object]:
     """Dotted key -> value of the settings that decide what is computed.
 
     Left out are names, folders, how often something is logged or saved, time limits, and what makes no difference
-    beyond rounding: loader, threads, and whether a CUDA graph is recorded. Running statistics are averaged over ranks
-    at every checkpoint, but a run on one rank, or with shared statistics, is the same with any interval.
+    beyond rounding: loader, threads, overlap, and whether a CUDA graph is recorded. Running statistics are averaged
+    over ranks at every checkpoint, but a run on one rank, or with shared statistics, is the same with any interval.
     """
     settings = to_dict(config)
     for key in ("name", "output_dir", "logging", "checkpoint"):
         del settings[key]
     for key in ("root", "loader", "workers"):
         del settings["data"][key]
-    for key in ("threads", "cuda_graph", "hang_timeout_s"):
+    for key in ("threads", "cuda_graph", "overlap_comm", "hang_timeout_s"):
         del settings["engine"][key]
     flat = {}
     for key, value in settings.items():

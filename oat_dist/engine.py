@@ -36,14 +36,18 @@ def deepspeed_config(config: Config, ranks: int) -> dict:
     Returns:
         What `deepspeed.initialize` takes and the run folder keeps as deepspeed.json.
     """
-    parts = ranks * config.engine.accumulation
+    parts, cfg = ranks * config.engine.accumulation, config.engine
+    overlaps = torch.cuda.is_available() if cfg.overlap_comm is None else cfg.overlap_comm
     return {
         "train_micro_batch_size_per_gpu": -(-config.optim.batch_size // parts),
         "gradient_accumulation_steps": config.engine.accumulation,
         "gradient_clipping": config.optim.clip_norm,
         "zero_allow_untested_optimizer": True,
         # ZeRO-0 overlaps reduction with backward only when told to.
-        "zero_optimization": {"stage": config.engine.zero_stage, "overlap_comm": torch.cuda.is_available()},
+        "zero_optimization": {
+            "stage": config.engine.zero_stage,
+            "overlap_comm": overlaps,
+        },
         "torch_autocast": {"enabled": config.engine.precision == "bf16", "dtype": "bfloat16"},
         "steps_per_print": 10**9,
     }
