@@ -39,7 +39,7 @@ class Telemetry:
             losses: Its losses and counts.
             lam_N: [N] float64 on the host.
         """
-        robust = int((lam_N > 0).sum())
+        robust = int((lam_N.numpy() > 0).sum())
         self._log.add(losses.counts, images=len(lam_N), clean=losses.num_clean, robust=robust)
         self._by_lambda.add(losses, lam_N)
 
