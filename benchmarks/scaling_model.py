@@ -43,9 +43,9 @@ class Step:
     """s."""
 
 
-# ResNet-34 at 32x32, the paper's setting: 2.319 GFLOP per forward unit and image, 17.17 units (docs/design.md), batch
-# 128 per GPU, 33.36 million parameters in float32. 120 TFLOP/s, a quarter to a half of what the data sheets of such GPUs
-# promise in bf16, is assumed; so are W, L and the jitter. The backward pass of training is 3.67 of the 17.17 units.
+# The published ResNet-34 at 32x32 (docs/reproduction.md): 2.319 GFLOP per forward unit, 17.17 units per image, 33.36
+# million parameters in float32; batch 128 per GPU. Assumed: 120 TFLOP/s, a quarter to a half of what the data sheets of
+# such GPUs promise in bf16; W, L, n and s. The backward pass of training is 3.67 of the 17.17 units.
 _FLOP = 2.319e9 * 17.17 * 128
 GPU = Step(compute_s=_FLOP / 120e12, gradient_bytes=4 * 33.36e6, bandwidth=10 * _GIB, latency_s=10e-6, buckets=2,
            overlap=3.67 / 17.17, jitter=0.01)  # fmt: skip
@@ -73,8 +73,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--measured", type=pathlib.Path, default=RESULTS / "scaling.csv")
     args = parser.parse_args()
-    networks = {"100 GiB/s per GPU": replace(GPU, bandwidth=100 * _GIB), "10 GiB/s per GPU": GPU,
-                "10 GiB/s, no overlap": replace(GPU, overlap=0.0), "1 GiB/s per GPU": replace(GPU, bandwidth=_GIB)}  # fmt: skip
+    networks = {
+        "100 GiB/s per GPU": replace(GPU, bandwidth=100 * _GIB),
+        "10 GiB/s per GPU": GPU,
+        "10 GiB/s, no overlap": replace(GPU, overlap=0.0),
+        "1 GiB/s per GPU": replace(GPU, bandwidth=_GIB),
+    }
     print(markdown([
         {"network": name, **{f"{n} GPUs": round(efficiency(step, n), 3) for n in (8, 64, 512)}}
         for name, step in networks.items()
