@@ -1,6 +1,7 @@
 """Measure a trained network at any lambdas, on any split, under any strength of PGD.
 
     python launch/evaluate.py --run RUN --lambdas 0 0.05 0.1 1 --attack pgd --steps 20 --eps-255 8 --split test
+    python launch/evaluate.py --run RUN --widths 0.5 0.75 1               of a slimmable network (model.widths)
 
 Writes RUN/eval/<split>_<attack>_<norm>_eps<eps>.json with a figure beside it (numbered when that exists), prints a
 table.
@@ -27,6 +28,7 @@ def main(argv: Sequence[str]) -> None:
     add = parser.add_argument
     add("--run", required=True, help="folder of a finished run")
     add("--lambdas", type=float, nargs="+", help="values in [0, 1]; default: those of the run")
+    add("--widths", type=float, nargs="+", help="of model.widths; default: those of the run")
     add("--attack", choices=["pgd"], default="pgd", help="kind of attack")
     add("--steps", type=int, default=20, help="gradient steps")
     add("--restarts", type=int, default=1, help="random starts; an image must withstand all")
@@ -42,6 +44,9 @@ def main(argv: Sequence[str]) -> None:
     config, network = load_run(args.run)
     lambdas = tuple(sorted(set(args.lambdas or config.evaluation.lambdas)))
     require(all(0 <= lam <= 1 for lam in lambdas), "--lambdas", lambdas, "every lambda must lie in [0, 1]")
+    widths = tuple(sorted(set(args.widths or network.slimming.widths), reverse=True))
+    for width in widths:
+        network.slimming.require(width, "--widths")
     for name in ("steps", "restarts", "batch_size"):
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')}", getattr(args, name), "must be at least 1")
     eps_255 = config.attack.eps_255 if args.eps_255 is None else args.eps_255
@@ -64,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
         stem = world.on_main(lambda: free_stem(folder, f"{args.split}_{attack.name}_{attack.norm}_eps{eps_255:g}"))
         measure(
             network.to(world.device), data, attack, lambdas,
-            config=config, split=args.split, batch_size=args.batch_size, world=world, stem=stem,
+            config=config, split=args.split, batch_size=args.batch_size, world=world, stem=stem, widths=widths,
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ line; the settings themselves are in `settings.py`.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from oat_dist.errors import require
 from oat_dist.settings import (
@@ -40,6 +40,7 @@ __all__ = [
     "computed_settings",
     "default_step_size",
     "fingerprint",
+    "of_one_width",
     "to_dict",
 ]
 
@@ -82,11 +83,22 @@ class Config:
         require(0 <= self.seed < 2**31, "seed", self.seed, "must lie in [0, 2^31)")
         expected = f"must be at least engine.accumulation={self.engine.accumulation}"
         require(self.optim.batch_size >= self.engine.accumulation, "optim.batch_size", self.optim.batch_size, expected)
+        ok = not self.loss.distill_widths or len(self.model.widths) > 1
+        require(ok, "loss.distill_widths", self.loss.distill_widths, "needs several model.widths")
+        expected = "needs conditioning.kind=float; nothing else draws noise"
+        ok = self.evaluation.noise_draws is None or self.conditioning.kind == "float"
+        require(ok, "evaluation.noise_draws", self.evaluation.noise_draws, expected)
 
 
 def to_dict(config: Config) -> dict:
     """The configuration as nested plain dictionaries and lists, as YAML and JSON hold it."""
     return json.loads(json.dumps(asdict(config)))
+
+
+def of_one_width(config: Config) -> Config:
+    """A configuration without the widths below 1, and what only they have."""
+    model = replace(config.model, widths=(1.0,), width_rule="all", width_heads=False)
+    return replace(config, model=model, loss=replace(config.loss, distill_widths=False))
 
 
 def computed_settings(config: Config) -> dict[str, object]:

@@ -12,6 +12,9 @@ Objectives with more to do say so (`oat_dist.losses.Objective`): passes before t
 views in the training forward (3 each), and gradients to images within the loss, which cost one backward pass and, to be
 differentiated, two more.
 
+With several widths a step does all this for each of them (of the sandwich rule: for those it chooses, on average), and
+a narrower one counts by its share of the FLOPs of the whole network.
+
 FLOPs are 2 per multiply-add of convolutions and the classifier. Norms, activations and the FiLM generators, which run
 once per step on the distinct lambdas, are left out, as is the evaluation at the end.
 """
@@ -26,11 +29,13 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from oat_dist.config import Config
+from oat_dist.config import ConditioningConfig, Config, of_one_width
 from oat_dist.data import open_prepared
+from oat_dist.export import cut_out
 from oat_dist.losses import attack_plan, robust_term
 from oat_dist.models import build_model
 from oat_dist.models.network import ConditionalNetwork
+from oat_dist.models.slimming import widths_per_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +101,7 @@ def training_cost(
     Returns:
         The cost; shares of lambda are the configured ones, a batch rounds its number of zeros up.
     """
-    plain_conditioning = dataclasses.replace(config.conditioning, film="none", norm="single")
-    plain = dataclasses.replace(config, conditioning=plain_conditioning)
+    plain = _plain(config)
     networks = [build_model(c, in_channels=in_channels, num_classes=num_classes) for c in (config, plain)]
     attacked = 1 - config.conditioning.mass_at_zero
     clean = 1 if config.loss.clean_at_one else 1 - config.conditioning.mass_at_one
@@ -105,27 +109,63 @@ def training_cost(
     attack_units = 2 * attack_plan(config).steps + sum(objective.attack.preparation)
     training_units = 3 * (objective.views + objective.input_gradients)
     batches = config.optim.epochs * (num_train_images // config.optim.batch_size)
+    shape = (in_channels, *image_size)
     return TrainingCost(
         parameters=_num_parameters(networks[0]),
         plain_parameters=_num_parameters(networks[1]),
-        forward_flops=forward_flops(networks[0], (in_channels, *image_size)),
-        units_per_image=attacked * (attack_units + training_units) + clean * 3,
+        forward_flops=forward_flops(networks[0], shape),
+        units_per_image=(attacked * (attack_units + training_units) + clean * 3) * _widths(config, networks[0], shape),
         images=batches * config.optim.batch_size,
     )
 
 
-def forward_flops(network: ConditionalNetwork, image_shape: tuple[int, int, int]) -> int:
+def forward_flops(network: ConditionalNetwork, image_shape: tuple[int, int, int], width: float = 1.0) -> int:
     """FLOPs of one forward pass of one image, counted on shapes alone.
+
+    Args:
+        network: Any conditional network; it stays as it is.
+        image_shape: (C, H, W).
+        width: One of its widths.
+    """
+    shadow = copy.deepcopy(network).to("meta")
+    frozen = shadow.freeze(shadow.condition(torch.zeros(1), width=width))
+    with FlopCounterMode(display=False) as counter:
+        shadow.attack_logits(torch.empty(1, *image_shape, device="meta"), frozen)
+    return counter.get_total_flops()
+
+
+def width_costs(network: ConditionalNetwork, image_shape: tuple[int, int, int]) -> list[dict]:
+    """{"width", "parameters", "forward_flops"} of the network that each width makes, cut out; the largest first.
 
     Args:
         network: Any conditional network; it stays as it is.
         image_shape: (C, H, W).
     """
     shadow = copy.deepcopy(network).to("meta")
-    frozen = shadow.freeze(shadow.condition(torch.zeros(1)))
-    with FlopCounterMode(display=False) as counter:
-        shadow.attack_logits(torch.empty(1, *image_shape, device="meta"), frozen)
-    return counter.get_total_flops()
+    return [
+        {
+            "width": width,
+            "parameters": _num_parameters(cut_out(shadow, width)),
+            "forward_flops": forward_flops(shadow, image_shape, width),
+        }
+        for width in reversed(network.slimming.widths)
+    ]
+
+
+def _plain(config: Config) -> Config:
+    """The network without conditioning, of one width."""
+    conditioning = ConditioningConfig(lambdas=(0.0,), film="none", norm="single")
+    evaluation = dataclasses.replace(config.evaluation, noise_draws=None)
+    return dataclasses.replace(of_one_width(config), conditioning=conditioning, evaluation=evaluation)
+
+
+def _widths(config: Config, network: ConditionalNetwork, image_shape: tuple[int, int, int]) -> float:
+    """FLOPs of the forward passes of all widths of a step, in those of the whole network."""
+    shares = [forward_flops(network, image_shape, width) for width in network.slimming.widths]
+    shares = [flops / shares[-1] for flops in shares]
+    middle = shares[1:-1]
+    chosen = (widths_per_step(config.model) - 2) / len(middle) if middle else 0
+    return sum(shares[:1] + shares[1:][-1:]) + chosen * sum(middle)
 
 
 def print_cost(config: Config) -> None:

@@ -14,12 +14,12 @@ import pathlib
 from collections.abc import Sequence
 
 from oat_dist import report
-from oat_dist.config import ConditioningConfig, Config, EvaluationConfig, computed_settings, fingerprint
+from oat_dist.config import ConditioningConfig, Config, EvaluationConfig, computed_settings, fingerprint, of_one_width
 from oat_dist.data import PreparedData, evaluation_batches
 from oat_dist.distributed import World
 from oat_dist.errors import UserError
 from oat_dist.evaluation import EvaluationAttack, evaluate
-from oat_dist.frontier import mean_points
+from oat_dist.frontier import mean_points, of_whole_network
 from oat_dist.resume import is_finished
 from oat_dist.runs import free_stem, load_run
 
@@ -33,11 +33,11 @@ def dedicated_config(config: Config, lam: float, seed: int) -> Config:
         seed: Its seed.
 
     Returns:
-        A configuration whose fingerprint depends neither on the conditioning nor on the measurements of `config`: the
-        last weights count, and a measurement of its own on validation ends the run.
+        A configuration whose fingerprint depends neither on the conditioning, nor on the widths below 1, nor on the
+        measurements of `config`: the last weights count, and a measurement of its own on validation ends the run.
     """
     return dataclasses.replace(
-        config,
+        of_one_width(config),
         name=f"{config.name}-dedicated-{lam:g}",
         seed=seed,
         conditioning=ConditioningConfig(lambdas=(lam,), film="none", norm="single"),
@@ -157,7 +157,8 @@ def read_frontier(path: pathlib.Path, config: Config, data: PreparedData, *, spl
 def recipe(config: Config) -> dict[str, object]:
     """Dotted key -> value of what dedicated and conditional networks share."""
     own = ("conditioning.", "evaluation.", "seed")
-    return {key: value for key, value in computed_settings(config).items() if not key.startswith(own)}
+    settings = computed_settings(of_one_width(config))
+    return {key: value for key, value in settings.items() if not key.startswith(own)}
 
 
 def require_same_recipe(run: pathlib.Path, config: Config) -> None:
@@ -189,7 +190,7 @@ def measured_before(
     """Points of a run from its reports, or None where none was measured so."""
     for path in (run / "frontier.json", *sorted(run.glob("eval/*.json"))):
         found = json.loads(path.read_text())
-        points = {point["lam"]: point for point in found["points"]}
+        points = {point["lam"]: point for point in of_whole_network(found["points"])}
         if found["split"] == split and found["attack"] == attack.to_dict() and set(lambdas) <= points.keys():
             return [points[lam] for lam in lambdas]
     return None

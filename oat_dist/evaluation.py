@@ -16,7 +16,7 @@ from oat_dist.attacks import evaluation_mode, pgd
 from oat_dist.config import Config, default_step_size
 from oat_dist.data import Batch
 from oat_dist.distributed import World
-from oat_dist.models.condition import Frozen
+from oat_dist.models.condition import Frozen, FrozenDraws
 from oat_dist.models.network import ConditionalNetwork
 from oat_dist.progress import progress_bar
 from oat_dist.random import draw_keys
@@ -62,37 +62,49 @@ def evaluate(
     *,
     seed: int = 0,
     world: World | None = None,
+    width: float = 1.0,
 ) -> list[dict]:
     """Measure SA and RA at each lambda.
+
+    A network with weight noise answers with the mean probabilities of `network.noise_draws` draws, and the attack goes
+    through that mean (expectation over transformation: Athalye et al., ICML 2018).
 
     Args:
         network: The network, on the device of the batches; its mode is restored.
         batches: Images of this rank (`oat_dist.data.evaluation_batches`).
         lambdas: Values in [0, 1]; the attack goes through the lambda that is measured.
         attack: The attack.
-        seed: Seed of the random starts, keyed by image, so that ranks and batch size do not matter.
+        seed: Seed of weight noise, and of the random starts, keyed by image, so that ranks and batch size do not
+            matter.
         world: The ranks that share the images; default: this process has all.
+        width: Share of the channels, one of the network's widths.
 
     Returns:
-        One {"lam", "sa", "ra"} per lambda; accuracies are fractions in [0, 1].
+        One {"lam", "sa", "ra"} per lambda, with "width" too where the network has several; accuracies are fractions in
+        [0, 1].
     """
     world = world or World(device=network.sites[0].weight.device)
-    frozen = network.freeze(network.condition(torch.tensor(list(lambdas), dtype=torch.float64)))
-    row_L = frozen.row_N.tolist()
+    networks = network.frozen_at(lambdas, width=width, seed=seed)
     counts_L3 = torch.zeros(len(lambdas), 3, dtype=torch.int64, device=world.device)
-    total = len(row_L) * len(batches)
+    total = len(networks) * len(batches)
     with evaluation_mode(network), progress_bar("evaluating", total, is_main=world.is_main) as advance:
-        for at, row in enumerate(row_L):
+        for at, (frozen, row) in enumerate(networks):
             for batch in batches:
                 clean_N, robust_N = _correct(network, frozen, row, batch, attack, seed)
                 counts_L3[at] += torch.stack((torch.ones_like(clean_N), clean_N, robust_N)).sum(1)
                 advance()
     counts = world.sum(counts_L3).tolist()
-    return [{"lam": lam, "sa": sa / n, "ra": ra / n} for lam, (n, sa, ra) in zip(lambdas, counts, strict=True)]
+    told = {"width": width} if len(network.slimming.widths) > 1 else {}
+    return [{"lam": lam, **told, "sa": sa / n, "ra": ra / n} for lam, (n, sa, ra) in zip(lambdas, counts, strict=True)]
 
 
 def _correct(
-    network: ConditionalNetwork, frozen: Frozen, row: int, batch: Batch, attack: EvaluationAttack, seed: int
+    network: ConditionalNetwork,
+    frozen: Frozen | FrozenDraws,
+    row: int,
+    batch: Batch,
+    attack: EvaluationAttack,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
     """Which images are classified correctly clean, and which under attack too; int64 [N] each.
 

@@ -10,31 +10,38 @@ from matplotlib.patches import Rectangle
 
 from oat_dist.frontier import pareto_front
 
+_STYLES = ("-", "--", ":", "-.")
+
 
 def draw_frontier(report: dict, path: pathlib.Path) -> None:
-    """Draw the curve of a report: RA over SA, and both over lambda.
+    """Draw the curve of a report, one per width: RA over SA, and both over lambda.
 
     Args:
         report: In the form of frontier.json.
         path: Target; the suffix (.png, .svg, .pdf) gives the format.
     """
-    points = sorted(report["points"], key=lambda point: point["lam"])
-    lam = [p["lam"] for p in points]
-    sa, ra = ([100 * p[key] for p in points] for key in ("sa", "ra"))
+    curves = {}
+    for point in sorted(report["points"], key=lambda point: point["lam"]):
+        curves.setdefault(point.get("width", 1.0), []).append(point)
     attack = report["attack"]
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     curve, over_lambda = figure.subplots(1, 2)
 
-    curve.plot(sa, ra, "o-", color="tab:blue")
-    for x, y, value in zip(sa, ra, lam, strict=True):
-        curve.annotate(f"{value:g}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    for at, (width, points) in enumerate(curves.items()):
+        of_width, style = (f", width {width:g}", _STYLES[at % len(_STYLES)]) if len(curves) > 1 else ("", "-")
+        lam, (sa, ra) = [point["lam"] for point in points], _percent(points)
+        curve.plot(sa, ra, marker="o", linestyle=style, color=f"C{at}", label=of_width.removeprefix(", "))
+        for x, y, value in zip(sa, ra, lam, strict=True):
+            curve.annotate(f"{value:g}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+        over_lambda.plot(lam, sa, marker="o", linestyle=style, color="tab:green", label=f"SA{of_width}")
+        over_lambda.plot(lam, ra, marker="s", linestyle=style, color="tab:red", label=f"RA{of_width}")
+    if len(curves) > 1:
+        curve.legend(fontsize=8)
     curve.set(xlabel="SA (%)", ylabel="RA (%)", title="one network, labelled by lambda")
 
-    over_lambda.plot(lam, sa, "o-", color="tab:green", label="SA")
-    over_lambda.plot(lam, ra, "s-", color="tab:red", label="RA")
     over_lambda.set(xlabel="lambda", ylabel="accuracy (%)", ylim=(0, 100))
-    over_lambda.legend(loc="center right")
+    over_lambda.legend(loc="center right", fontsize=None if len(curves) == 1 else 7)
     for axes in (curve, over_lambda):
         axes.grid(alpha=0.3)
     figure.suptitle(

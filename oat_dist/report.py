@@ -2,6 +2,10 @@
 
 {"model": ..., "dataset": ..., "split": ..., "num_examples": n, "attack": {...},
 "points": [{"lam": 0.0, "sa": 0.99, "ra": 0.05}, ...]}          accuracies are fractions in [0, 1]
+
+Of a network of several widths every point has its "width", and "widths" holds {"width", "parameters", "forward_flops"}
+of the network that each makes, cut out. Of a network with weight noise "stochastic" is true and "noise_draws" says over
+how many draws the mean was taken.
 """
 
 import json
@@ -13,6 +17,7 @@ from rich.table import Table
 
 from oat_dist import plots
 from oat_dist.config import Config
+from oat_dist.cost import width_costs
 from oat_dist.data import PreparedData, evaluation_batches
 from oat_dist.distributed import World
 from oat_dist.evaluation import EvaluationAttack, evaluate
@@ -31,6 +36,7 @@ def measure(
     batch_size: int,
     world: World,
     stem: pathlib.Path,
+    widths: Sequence[float] | None = None,
 ) -> dict:
     """Measure a network, write STEM.json, STEM.png and STEM.svg, and print the table (on the main rank).
 
@@ -44,15 +50,24 @@ def measure(
         batch_size: Images per forward pass and rank.
         world: The ranks that share the images.
         stem: Path without suffix; its folder exists.
+        widths: Widths of the network, in the order of the report; default: all, the largest first.
 
     Returns:
         The report, in the form of frontier.json.
     """
+    there = network.slimming.widths
+    widths = tuple(reversed(there)) if widths is None else widths
     batches = evaluation_batches(
         data, split, config.data, batch_size, rank=world.rank, ranks=world.ranks, device=world.device
     )
-    points = evaluate(network, batches, lambdas, attack, seed=config.seed, world=world)
-    report = describe(config, data, split, attack, points)
+    curves = [
+        evaluate(network, batches, lambdas, attack, seed=config.seed, world=world, width=width) for width in widths
+    ]
+    report = describe(config, data, split, attack, [point for points in curves for point in points])
+    if len(there) > 1:
+        height, width, channels = data.image_shape
+        costs = {cost["width"]: cost for cost in width_costs(network, (channels, height, width))}
+        report["widths"] = [costs[width] for width in widths]
     if world.is_main:
         print_report(report, write_report(report, stem))
     return report
@@ -60,6 +75,7 @@ def measure(
 
 def describe(config: Config, data: PreparedData, split: str, attack: EvaluationAttack, points: Sequence[dict]) -> dict:
     """Points with what they were measured on, in the form of frontier.json."""
+    is_stochastic = config.conditioning.kind == "float"
     return {
         "model": config.model.name,
         "dataset": data.name,
@@ -67,7 +83,7 @@ def describe(config: Config, data: PreparedData, split: str, attack: EvaluationA
         "num_examples": data.counts[split],
         "attack": attack.to_dict(),
         "points": list(points),
-    }
+    } | ({"stochastic": True, "noise_draws": config.evaluation.num_noise_draws} if is_stochastic else {})
 
 
 def write_report(report: dict, stem: pathlib.Path) -> list[pathlib.Path]:
@@ -87,14 +103,20 @@ def write_report(report: dict, stem: pathlib.Path) -> list[pathlib.Path]:
 
 
 def print_report(report: dict, paths: Sequence[pathlib.Path]) -> None:
-    """Print the table lambda / SA / RA and where the files are."""
+    """Print the table lambda / SA / RA, of several widths with their cost, and where the files are."""
     attack = report["attack"]
     table = Table(title=f"{report['model']} on {report['dataset']} {report['split']}, n = {report['num_examples']}")
+    costs = {cost["width"]: cost for cost in report.get("widths", ())}
+    for name in ("width", "parameters", "MFLOPs") if costs else ():
+        table.add_column(name, justify="right")
     table.add_column("lambda", justify="right")
     table.add_column("SA %", justify="right")
     table.add_column(f"RA % ({attack['name']}, {attack['norm']}, eps {attack['eps'] * 255:g}/255)", justify="right")
     for point in report["points"]:
-        table.add_row(f"{point['lam']:g}", f"{100 * point['sa']:.1f}", f"{100 * point['ra']:.1f}")
+        cost = costs.pop(point.get("width"), None)  # in the first row of its width
+        numbers = (f"{cost['parameters']:,}", f"{cost['forward_flops'] / 1e6:.2f}") if cost else ("", "")
+        told = (f"{point['width']:g}", *numbers) if "width" in point else ()
+        table.add_row(*told, f"{point['lam']:g}", f"{100 * point['sa']:.1f}", f"{100 * point['ra']:.1f}")
     Console().print(table)
     for path in paths:
         print(path)

@@ -8,6 +8,7 @@ Letters: N images, L distinct lambdas, C channels, S segments.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,9 +23,10 @@ class Condition:
     segment_N: Tensor
     """Whose batch statistics an image belongs to, int32."""
     group_of_segment: tuple[int, ...]
-    """Norm group of each segment: (0, 1, 1) with dual norm; (0, 0) with single norm (clean | adversarial)."""
+    """Norm group of each segment: (0, 1, 1) with dual norm; (0, 0) with single norm (clean | adversarial); (0,), all
+    images in one segment, with shared statistics."""
     group_L: Tensor
-    """Norm group of each distinct lambda, int64."""
+    """Norm group of each distinct lambda, int64; of its scale and shift alone with shared statistics."""
     num_zero: int
     """Images with lambda = 0."""
     zeros_first: bool
@@ -33,6 +35,11 @@ class Condition:
     """(scale_LC, shift_LC) of each site, None at a site without FiLM."""
     sync: bool = False
     """Share batch statistics over all ranks."""
+    width: float = 1.0
+    """Share of the channels of every layer that take part."""
+    noise: tuple[Tensor, ...] | None = None
+    """lambda * N(0, 1) for the weights of each layer of a network with weight noise, else None. It is for the images
+    with lambda > 0, which all have one lambda; those with lambda = 0 need a forward of their own (`split`)."""
 
     def joint(self, clean_M: Tensor | None = None, views: int = 1) -> "Condition":
         """The condition of cat(clean images, adversarial partners of those with lambda > 0, further views of them).
@@ -54,6 +61,24 @@ class Condition:
             segment_N=torch.cat((segment, *[adversarial] * views)),
         )
 
+    def attacked(self) -> "Condition":
+        """The condition of the images that do not come first with lambda = 0."""
+        return self.split()[1]
+
+    def split(self) -> tuple["Condition", "Condition"]:
+        """The conditions of the images with lambda = 0, which come first and have no weight noise, and of the others.
+
+        Raises:
+            ValueError: They do not come first.
+        """
+        if not self.zeros_first:
+            raise ValueError("lam: images with lambda = 0 must come first in a batch that is split there")
+        zero, other = slice(self.num_zero), slice(self.num_zero, None)
+        return (
+            replace(self, row_N=self.row_N[zero], segment_N=self.segment_N[zero], noise=None),
+            replace(self, row_N=self.row_N[other], segment_N=self.segment_N[other], num_zero=0),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Frozen:
@@ -64,11 +89,10 @@ class Frozen:
     affines: tuple[tuple[Tensor, Tensor], ...]
     """(scale_LC, shift_LC) of each site."""
     weights: Mapping[str, Tensor]
-    """Detached parameters outside the normalisation sites, by name."""
-
-    def images(self, selection: slice) -> "Frozen":
-        """The same network for some of the images."""
-        return replace(self, row_N=self.row_N[selection])
+    """Detached parameters outside the normalisation sites, by name; those of a width sliced, those with noise noisy."""
+    width: float = 1.0
+    """Share of the channels of every layer that take part."""
+    noise: ClassVar[None] = None
 
     def tensors(self) -> list[Tensor]:
         """Everything in a fixed order."""
@@ -78,7 +102,8 @@ class Frozen:
         """The same network made of other tensors, in the order of `tensors`."""
         row_N, *rest = tensors
         num_halves = 2 * len(self.affines)
-        return Frozen(
+        return replace(
+            self,
             row_N=row_N,
             affines=tuple(zip(rest[:num_halves:2], rest[1:num_halves:2], strict=True)),
             weights=dict(zip(self.weights, rest[num_halves:], strict=True)),
@@ -87,3 +112,15 @@ class Frozen:
     def for_row(self, row: int, num_images: int) -> "Frozen":
         """The same network with one distinct lambda for all of `num_images` images."""
         return replace(self, row_N=self.row_N.new_full((num_images,), row))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenDraws:
+    """A network with weight noise as constants, drawn several times: its answer is the mean of theirs."""
+
+    draws: tuple[Frozen, ...]
+    """One network per draw of the noise."""
+
+    def for_row(self, row: int, num_images: int) -> "FrozenDraws":
+        """The same networks with one distinct lambda for all of `num_images` images."""
+        return FrozenDraws(draws=tuple(draw.for_row(row, num_images) for draw in self.draws))
