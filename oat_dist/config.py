@@ -1,7 +1,7 @@
 """The configuration of a run: all sections, the checks between them, and what names a run.
 
 Standard library only, nothing is read and no device is touched. `config_io.py` fills the tree from YAML and the command
-line; the settings themselves are in `settings.py`.
+line; the settings themselves are in `settings.py` and `network_settings.py`.
 """
 
 import hashlib
@@ -9,17 +9,15 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 
 from oat_dist.errors import require
+from oat_dist.network_settings import PAPER_LAMBDAS, ConditioningConfig, ModelConfig
 from oat_dist.settings import (
-    PAPER_LAMBDAS,
     AttackConfig,
     CheckpointConfig,
-    ConditioningConfig,
     DataConfig,
     EngineConfig,
     EvaluationConfig,
     LoggingConfig,
     LossConfig,
-    ModelConfig,
     OptimConfig,
     default_step_size,
 )

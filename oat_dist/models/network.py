@@ -159,10 +159,11 @@ class ConditionalNetwork(LayerFactory):
             raise ValueError(f"lam={positive}, noise_key={key}: weight noise needs one lambda > 0 and a key")
         key = key.to(self.sites[0].weight.device, non_blocking=True)
         weights = [layer.weight_at(width) for layer in self.layers.values()]
-        return tuple(
-            positive[0] * normal(draw_keys(0, "noise of a layer", key, at), tuple(weight.shape))[0].to(weight.dtype)
+        draws = (
+            normal(draw_keys(0, "noise of a layer", key, at), tuple(weight.shape))[0]
             for at, weight in enumerate(weights)
         )
+        return tuple(_laid_out(positive[0] * draw, like.dtype) for draw, like in zip(draws, weights, strict=True))
 
     def _films(self, lam_L: Tensor, width: float) -> tuple[tuple[Tensor, Tensor] | None, ...]:
         """Scale and shift of every site for the distinct lambdas, interpolated between knots where needed."""
@@ -192,7 +193,12 @@ class ConditionalNetwork(LayerFactory):
 
         Returns:
             The network; its convolution weights are channels last, whatever they became in an optimiser.
+
+        Raises:
+            ValueError: Weight noise, which images with lambda > 0 have alone, and images with lambda = 0 beside them.
         """
+        if cond.noise is not None and cond.num_zero:
+            raise ValueError("lam: freeze images with lambda = 0 and those with weight noise apart (`cond.split()`)")
         inside = {id(p) for module in (*self.sites, self.film_trunk) if module for p in module.parameters()}
         used = {
             f"{path}.{name}": tensor for path, layer in self.layers.items() for name, tensor in layer.used(cond).items()
