@@ -21,6 +21,7 @@ once per step on the distinct lambdas, are left out, as is the evaluation at the
 
 import copy
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from oat_dist.config import ConditioningConfig, Config, of_one_width
+from oat_dist.config import ConditioningConfig, Config, ModelConfig, of_one_width
 from oat_dist.data import open_prepared
 from oat_dist.export import cut_out
 from oat_dist.losses import attack_plan, robust_term
@@ -74,6 +75,8 @@ class TrainingCost:
     """Forward units for one image of a training batch."""
     images: int
     """Images of all batches of the run."""
+    widths: Sequence[Mapping[str, float]]
+    """`width_costs` of the network."""
 
     @property
     def units(self) -> float:
@@ -109,13 +112,14 @@ def training_cost(
     attack_units = 2 * attack_plan(config).steps + sum(objective.attack.preparation)
     training_units = 3 * (objective.views + objective.input_gradients)
     batches = config.optim.epochs * (num_train_images // config.optim.batch_size)
-    shape = (in_channels, *image_size)
+    widths = width_costs(networks[0], (in_channels, *image_size))
     return TrainingCost(
         parameters=_num_parameters(networks[0]),
         plain_parameters=_num_parameters(networks[1]),
-        forward_flops=forward_flops(networks[0], shape),
-        units_per_image=(attacked * (attack_units + training_units) + clean * 3) * _widths(config, networks[0], shape),
+        forward_flops=widths[0]["forward_flops"],
+        units_per_image=(attacked * (attack_units + training_units) + clean * 3) * _of_widths(config.model, widths),
         images=batches * config.optim.batch_size,
+        widths=widths,
     )
 
 
@@ -159,13 +163,12 @@ def _plain(config: Config) -> Config:
     return dataclasses.replace(of_one_width(config), conditioning=conditioning, evaluation=evaluation)
 
 
-def _widths(config: Config, network: ConditionalNetwork, image_shape: tuple[int, int, int]) -> float:
-    """FLOPs of the forward passes of all widths of a step, in those of the whole network."""
-    shares = [forward_flops(network, image_shape, width) for width in network.slimming.widths]
-    shares = [flops / shares[-1] for flops in shares]
-    middle = shares[1:-1]
-    chosen = (widths_per_step(config.model) - 2) / len(middle) if middle else 0
-    return sum(shares[:1] + shares[1:][-1:]) + chosen * sum(middle)
+def _of_widths(cfg: ModelConfig, costs: Sequence[Mapping[str, float]]) -> float:
+    """FLOPs of one forward pass of every width of a step, in those of the whole network."""
+    first, *middle = (cost["forward_flops"] / costs[0]["forward_flops"] for cost in costs)
+    last = middle.pop() if middle else 0.0
+    chosen = (widths_per_step(cfg) - 2) / len(middle) if middle else 0.0
+    return first + chosen * sum(middle) + last
 
 
 def print_cost(config: Config) -> None:
@@ -191,6 +194,10 @@ def print_cost(config: Config) -> None:
         "parameters": f"{cost.parameters:,}",
         "parameters without conditioning": f"{cost.plain_parameters:,}",
         "GFLOPs per forward pass of an image": f"{cost.forward_flops / 1e9:.3f}",
+        **{
+            f"parameters, GFLOPs of width {of['width']:g}": f"{of['parameters']:,}, {of['forward_flops'] / 1e9:.3f}"
+            for of in cost.widths[1:]
+        },
         "forward units per training image": f"{cost.units_per_image:.2f}",
         "training images x epochs": f"{cost.images:,}",
         "forward units of the run": f"{cost.units:.3e}",
