@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from oat_dist.attacks import ascend, evaluation_mode, random_start
+from oat_dist.attacks import AttackPlan, ascend, evaluation_mode, random_start
 from oat_dist.config import Config
 from oat_dist.graphed import GraphReplay
 from oat_dist.losses import attack_plan
@@ -27,9 +27,10 @@ def attack_images(
     *,
     config: Config,
     epoch: int,
+    plan: AttackPlan | None = None,
     replay: GraphReplay | None = None,
 ) -> Tensor:
-    """Adversarial partners of images by the attack of the configuration, under its autocast.
+    """Adversarial partners of images by the attack of training, under its autocast.
 
     Args:
         network: The network; it is in evaluation mode during the attack and in its own mode again after.
@@ -39,15 +40,19 @@ def attack_images(
         index: [A] dataset indices on the host, for the keys of the random starts.
         config: Configuration of the run.
         epoch: Part of the key.
-        replay: Runs it as one recorded graph; always the same for one network and configuration.
+        plan: The attack; default: that of the configuration.
+        replay: Runs it as one recorded graph; always the same for one network and plan.
 
     Returns:
         [A, C, H, W] adversarial images.
     """
     if len(x) == 0:
         return x
-    plan = attack_plan(config)
+    plan = plan or attack_plan(config)
     start = plan.first_iterate(x, _keys("random start", x, index, config=config, epoch=epoch))
+
+    if plan.steps == 0:
+        return start
 
     def last_iterate(tensors: Sequence[Tensor]) -> Tensor:
         x, start, label, *constants = tensors

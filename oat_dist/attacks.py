@@ -65,12 +65,12 @@ NORMS = {
 
 def cross_entropy(logits_fn: LogitsFn, x: Tensor, label: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """The cross-entropy with the labels, computed in float32 at least."""
+    return lambda x_adv, logits_NK: F.cross_entropy(at_least_float32(logits_NK), label, reduction="sum")
 
-    def total(x_adv: Tensor, logits_NK: Tensor) -> Tensor:
-        logits_NK = logits_NK.to(torch.promote_types(logits_NK.dtype, torch.float32))
-        return F.cross_entropy(logits_NK, label, reduction="sum")
 
-    return total
+def at_least_float32(t: Tensor) -> Tensor:
+    """A tensor in float32, or float64 if it is that."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,11 +92,12 @@ class CheckpointStore:
             raise UserError(f"{self.folder}: cannot write a checkpoint: {reason}; older ones are kept") from error
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is not damaged, or None when there never was one.
+        """The newest checkpoint that is not damaged, after the one being written; None when there never was one.
 
         Raises:
-            UserError: There are checkpoints, and all are damaged.
+            UserError: There are checkpoints, and all are damaged; or the last one could not be written.
         """
+        self.wait()
         folders = sorted(self.folder.glob("step_*"), reverse=True)
         damaged = []
         for folder in folders:

@@ -6,6 +6,7 @@ line; the settings themselves are in `settings.py` and `network_settings.py`.
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 
 from oat_dist.errors import require
@@ -86,6 +87,24 @@ class Config:
         expected = "needs conditioning.kind=float; nothing else draws noise"
         ok = self.evaluation.noise_draws is None or self.conditioning.kind == "float"
         require(ok, "evaluation.noise_draws", self.evaluation.noise_draws, expected)
+        expected = f"must leave data.dataset at least one of the optim.batch_size={self.optim.batch_size} images"
+        require(self.num_extra < self.optim.batch_size, "data.extra_share", self.data.extra_share, expected)
+
+    @property
+    def num_extra(self) -> int:
+        """Images of `data.extra` in every global batch: ceil(data.extra_share * optim.batch_size), or 0 without it."""
+        if self.data.extra is None:
+            return 0
+        # Rounded first: a product a little above a whole number is that number.
+        return math.ceil(round(self.data.extra_share * self.optim.batch_size, 9))
+
+    def steps_per_epoch(self, num_images: int) -> int:
+        """Optimiser steps in a pass over a training split.
+
+        Args:
+            num_images: Images of the training split of `data.dataset`; those of an incomplete batch are left out.
+        """
+        return num_images // (self.optim.batch_size - self.num_extra)
 
 
 def to_dict(config: Config) -> dict:

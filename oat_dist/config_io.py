@@ -7,6 +7,7 @@ pass the same type checks here and the same range checks in `config.py`. No clas
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 import pathlib
 import re
@@ -42,6 +43,9 @@ def load_config(argv: Sequence[str], overrides: Mapping[str, Any] | None = None,
     args = [*argv, *(_argument(key, value) for key, value in (overrides or {}).items())]
     for path in _config_files(args):
         _check_keys(path, cls)
+    for option, value in itertools.zip_longest(args, args[1:], fillvalue=""):
+        option, equals, attached = option.removeprefix("--").partition("=")
+        _check_number(option, attached if equals else value, cls)
     return from_dict(_parse(args, cls), cls)
 
 
@@ -55,6 +59,7 @@ def typed_value(key: str, value: Any) -> Any:
     Raises:
         UserError: Unknown key or wrong type.
     """
+    _check_number(key, value, Config)
     settings: Any = _parse([_argument(key, value)], Config)
     for part in key.split("."):
         settings = settings[part]
@@ -151,10 +156,12 @@ def _check_keys(path: pathlib.Path, cls: type) -> None:
         raise UserError(f"--config {path}: not valid YAML: {_one_line(str(error), cls)}") from None
     if not isinstance(settings, dict):
         raise UserError(f"--config {path}: expected sections and keys, got {type(settings).__name__}")
-    _check_section(settings, to_dict(cls()), "", path)
+    _check_section(settings, to_dict(cls()), "", path, cls)
 
 
-def _check_section(settings: Mapping[str, Any], known: Mapping[str, Any], prefix: str, path: pathlib.Path) -> None:
+def _check_section(
+    settings: Mapping[str, Any], known: Mapping[str, Any], prefix: str, path: pathlib.Path, cls: type
+) -> None:
     for key, value in settings.items():
         dotted = f"{prefix}{key}"
         if key not in known:
@@ -163,9 +170,34 @@ def _check_section(settings: Mapping[str, Any], known: Mapping[str, Any], prefix
             raise UserError(f"{dotted}: unknown key in {path}; {hint}")
         if isinstance(known[key], dict):
             if not isinstance(value, dict):
-                raise UserError(f"{dotted}={value!r}: in {path} this is a section with keys {', '.join(known[key])}")
-            if known[key]:  # empty: a section with keys of the user's own
-                _check_section(value, known[key], f"{dotted}.", path)
+                keys = f"with keys {', '.join(known[key])}" if known[key] else "of names and values"
+                raise UserError(f"{dotted}={value!r}: in {path} this is a section {keys}")
+            if known[key]:
+                _check_section(value, known[key], f"{dotted}.", path, cls)
+            else:  # a section with keys of the user's own
+                for name, number in value.items():
+                    _check_number(f"{dotted}.{name}", number, cls)
+
+
+def _check_number(key: str, value: Any, cls: type) -> None:
+    """A value of a section of numbers is one; jsonargparse's own report does not name its key."""
+    section, _, name = key.rpartition(".")
+    if not name or _hint(section, cls) != dict[str, float]:
+        return
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{key}={value}: expected a number") from None
+
+
+def _hint(key: str, cls: type) -> Any:
+    """Annotated type of a dotted key, or None where there is no such key."""
+    hint: Any = cls
+    for part in key.split("."):
+        hint = typing.get_type_hints(hint).get(part) if dataclasses.is_dataclass(hint) else None
+    return hint
 
 
 def _one_line(message: str, cls: type) -> str:
@@ -185,9 +217,7 @@ def _one_line(message: str, cls: type) -> str:
 def _type_error(key: str, message: str, cls: type) -> str:
     """Jsonargparse's report of a wrong type, in the words of a user: what the key takes and what it got."""
     got = re.search(r"(?:Got|Given) value: (.*)$", message)
-    hint: Any = cls
-    for part in key.split("."):
-        hint = typing.get_type_hints(hint)[part]
+    hint = _hint(key, cls)
     if got is None or dataclasses.is_dataclass(hint):
         return f"{key}: {message}"
     return f"{key}={got[1]}: expected {_type_name(hint)}"
@@ -199,6 +229,8 @@ def _type_name(hint: Any) -> str:
         return "one of " + ", ".join(map(str, options))
     if typing.get_origin(hint) is tuple:
         return "a list of numbers, e.g. [0, 0.5, 1]"
+    if typing.get_origin(hint) is dict:
+        return "numbers by name, e.g. {beta: 6}" if options[1] is float else "values by name"
     if types.NoneType in options:
         return " or ".join(_type_name(option) for option in options if option is not types.NoneType) + " or null"
     return {float: "a number", int: "an integer", bool: "true or false", str: "text"}[hint]
@@ -207,5 +239,5 @@ def _type_name(hint: Any) -> str:
 def _dotted_keys(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
     keys = []
     for key, value in settings.items():
-        keys += _dotted_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+        keys += _dotted_keys(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
     return keys

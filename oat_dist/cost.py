@@ -9,14 +9,14 @@ forward one. With PGD of k steps and attacked share a = 1 - P(lambda = 0), an im
 
 With loss.clean_at_one=false the share of lambda = 1 does not go through the latter itself: (1 + a - P(lambda = 1)) * 3.
 Objectives with more to do say so (`oat_dist.losses.Objective`): passes before the first step of the attack, further
-views in the training forward (3 each), and gradients to images within the loss, which cost one backward pass and, to be
-differentiated, two more.
+views in the training forward (3 each), and gradients to images within the loss: one more backward pass of the whole
+training forward and, to be differentiated, two more, so 6 instead of 3.
 
 With several widths a step does all this for each of them (of the sandwich rule: for those it chooses, on average), and
 a narrower one counts by its share of the FLOPs of the whole network.
 
 FLOPs are 2 per multiply-add of convolutions and the classifier. Norms, activations and the FiLM generators, which run
-once per step on the distinct lambdas, are left out, as is the evaluation at the end.
+once per step on the distinct lambdas, are left out, as are the evaluation at the end and the checks of attack.guard.
 """
 
 import copy
@@ -74,7 +74,7 @@ class TrainingCost:
     units_per_image: float
     """Forward units for one image of a training batch."""
     images: int
-    """Images of all batches of the run."""
+    """Images of all batches of the run, those of `data.extra` with them."""
     widths: Sequence[Mapping[str, float]]
     """`width_costs` of the network."""
 
@@ -99,7 +99,7 @@ def training_cost(
         in_channels: Channels of the images.
         image_size: (H, W) of the images.
         num_classes: Classes.
-        num_train_images: Images of the training split; an epoch leaves out the incomplete batch.
+        num_train_images: Images of the training split of `data.dataset`; an epoch leaves out the incomplete batch.
 
     Returns:
         The cost; shares of lambda are the configured ones, a batch rounds its number of zeros up.
@@ -110,14 +110,14 @@ def training_cost(
     clean = 1 if config.loss.clean_at_one else 1 - config.conditioning.mass_at_one
     objective = robust_term(config)
     attack_units = 2 * attack_plan(config).steps + sum(objective.attack.preparation)
-    training_units = 3 * (objective.views + objective.input_gradients)
-    batches = config.optim.epochs * (num_train_images // config.optim.batch_size)
+    training_units = (6 if objective.has_input_gradient else 3) * (clean + attacked * objective.views)
+    batches = config.optim.epochs * config.steps_per_epoch(num_train_images)
     widths = width_costs(networks[0], (in_channels, *image_size))
     return TrainingCost(
         parameters=_num_parameters(networks[0]),
         plain_parameters=_num_parameters(networks[1]),
         forward_flops=widths[0]["forward_flops"],
-        units_per_image=(attacked * (attack_units + training_units) + clean * 3) * _of_widths(config.model, widths),
+        units_per_image=(attacked * attack_units + training_units) * _of_widths(config.model, widths),
         images=batches * config.optim.batch_size,
         widths=widths,
     )

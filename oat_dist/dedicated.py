@@ -15,12 +15,12 @@ from collections.abc import Sequence
 
 from oat_dist import report
 from oat_dist.config import ConditioningConfig, Config, EvaluationConfig, computed_settings, fingerprint, of_one_width
-from oat_dist.data import PreparedData, evaluation_batches
+from oat_dist.data import PreparedData, evaluation_batches, open_extra
 from oat_dist.distributed import World
 from oat_dist.errors import UserError
 from oat_dist.evaluation import EvaluationAttack, evaluate
 from oat_dist.frontier import mean_points, of_whole_network
-from oat_dist.resume import is_finished
+from oat_dist.resume import is_finished, other_data, train_checksum
 from oat_dist.runs import free_stem, load_run
 
 
@@ -48,15 +48,12 @@ def dedicated_config(config: Config, lam: float, seed: int) -> Config:
 
 def find_trained(config: Config, data: PreparedData) -> pathlib.Path | None:
     """The finished run of a configuration on exactly this data, whatever its name, in `output_dir`; else None."""
+    extra = open_extra(data, config.data)
     for run in sorted(pathlib.Path(config.output_dir).glob(f"*_{fingerprint(config)}*")):
-        if is_finished(run) and (run / "model.safetensors").is_file() and _trained_on(run) == train_checksum(data):
+        is_whole = is_finished(run) and (run / "model.safetensors").is_file()
+        if is_whole and other_data(run, data, extra) is None:
             return run
     return None
-
-
-def train_checksum(data: PreparedData) -> str:
-    """sha256 of the training split, which stands for the whole data set."""
-    return data.sha256["train.safetensors"]
 
 
 def measure_run(
@@ -175,13 +172,6 @@ def require_same_recipe(run: pathlib.Path, config: Config) -> None:
     for key, value in ours.items():
         if theirs[key] != value:
             raise UserError(f"--run {run}: trained with {key}={theirs[key]!r}, the dedicated networks with {value!r}")
-
-
-def _trained_on(run: pathlib.Path) -> str | None:
-    try:
-        return json.loads((run / "provenance.json").read_text())["data"]["sha256"]["train.safetensors"]
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def measured_before(

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ class Engine:
         if config.engine.compile:
             network.compile()
 
-    def forward(self, x: Tensor, cond: Condition, **kwargs: bool) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, cond: Condition, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         """The training forward of the network, under DeepSpeed's autocast."""
         return self._engine(x, cond, **kwargs)
 

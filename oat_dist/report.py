@@ -5,12 +5,14 @@
 
 Of a network of several widths every point has its "width", and "widths" holds {"width", "parameters", "forward_flops"}
 of the network that each makes, cut out. Of a network with weight noise "stochastic" is true and "noise_draws" says over
-how many draws the mean was taken.
+how many draws the mean was taken. With "collapse" (`oat_dist.guard.Collapse`) where the guard stepped in while the
+network was trained.
 """
 
 import json
 import pathlib
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +23,7 @@ from oat_dist.cost import width_costs
 from oat_dist.data import PreparedData, evaluation_batches
 from oat_dist.distributed import World
 from oat_dist.evaluation import EvaluationAttack, evaluate
+from oat_dist.guard import Collapse
 from oat_dist.models.network import ConditionalNetwork
 from oat_dist.weights import whole_file
 
@@ -37,6 +40,7 @@ def measure(
     world: World,
     stem: pathlib.Path,
     widths: Sequence[float] | None = None,
+    collapse: Collapse | None = None,
 ) -> dict:
     """Measure a network, write STEM.json, STEM.png and STEM.svg, and print the table (on the main rank).
 
@@ -51,6 +55,7 @@ def measure(
         world: The ranks that share the images.
         stem: Path without suffix; its folder exists.
         widths: Widths of the network, in the order of the report; default: all, the largest first.
+        collapse: What the guard found while the network was trained, for the report.
 
     Returns:
         The report, in the form of frontier.json.
@@ -68,6 +73,7 @@ def measure(
         height, width, channels = data.image_shape
         costs = {cost["width"]: cost for cost in width_costs(network, (channels, height, width))}
         report["widths"] = [costs[width] for width in widths]
+    report |= {"collapse": asdict(collapse)} if collapse else {}
     if world.is_main:
         print_report(report, write_report(report, stem))
     return report
@@ -103,7 +109,7 @@ def write_report(report: dict, stem: pathlib.Path) -> list[pathlib.Path]:
 
 
 def print_report(report: dict, paths: Sequence[pathlib.Path]) -> None:
-    """Print the table lambda / SA / RA, of several widths with their cost, and where the files are."""
+    """Print the table lambda / SA / RA, of several widths with their cost, where the files are, and a collapse."""
     attack = report["attack"]
     table = Table(title=f"{report['model']} on {report['dataset']} {report['split']}, n = {report['num_examples']}")
     costs = {cost["width"]: cost for cost in report.get("widths", ())}
@@ -120,3 +126,5 @@ def print_report(report: dict, paths: Sequence[pathlib.Path]) -> None:
     Console().print(table)
     for path in paths:
         print(path)
+    if "collapse" in report:
+        print(Collapse(**report["collapse"]).sentence)

@@ -3,6 +3,7 @@
 <output_dir>/<time>_<name>_<fingerprint>/
 config.yaml  deepspeed.json  provenance.json  metrics.jsonl  timings.jsonl  tensorboard/
 model.safetensors  frontier.json  frontier.png  frontier.svg  eval/*.json
+checkpoints/ (see checkpoint.py)  guard.json (after a collapse, see guard.py)
 """
 
 import datetime
@@ -28,7 +29,9 @@ _PACKAGES = ("torch", "triton", "deepspeed", "ffcv", "numpy", "safetensors")
 _FORMAT = "oat-dist/1"
 
 
-def create_run(config: Config, data: PreparedData, deepspeed: dict, ranks: int) -> pathlib.Path:
+def create_run(
+    config: Config, data: PreparedData, deepspeed: dict, ranks: int, *, extra: PreparedData | None = None
+) -> pathlib.Path:
     """Make the folder of a new run and write down what it is made from.
 
     Args:
@@ -36,6 +39,7 @@ def create_run(config: Config, data: PreparedData, deepspeed: dict, ranks: int) 
         data: Its data set.
         deepspeed: The derived DeepSpeed configuration.
         ranks: Number of ranks.
+        extra: The data set of `data.extra`.
 
     Returns:
         The folder, which did not exist before.
@@ -49,13 +53,8 @@ def create_run(config: Config, data: PreparedData, deepspeed: dict, ranks: int) 
         run = _new_folder(pathlib.Path(config.output_dir), stem)
         write_config(config, run / "config.yaml")
         (run / "deepspeed.json").write_text(json.dumps(deepspeed, indent=1))
-        about_data = {
-            "name": data.name,
-            "counts": dict(data.counts),
-            "sha256": dict(data.sha256),
-            "source_sha256": dict(data.source_sha256),
-        }
-        provenance = {**_circumstances(ranks), "data": about_data, "resumed": []}
+        about_data = {"data": _about(data)} | ({"extra_data": _about(extra)} if extra else {})
+        provenance = {**_circumstances(ranks), **about_data, "resumed": []}
         (run / "provenance.json").write_text(json.dumps(provenance, indent=1))
     except OSError as error:
         raise UserError(f"output_dir={config.output_dir!r}: cannot write a run: {error.strerror or error}") from None
@@ -157,6 +156,16 @@ def _new_folder(parent: pathlib.Path, stem: str) -> pathlib.Path:
         except FileExistsError:
             continue
     raise FileExistsError(f"1000 runs named {stem}")
+
+
+def _about(data: PreparedData) -> dict:
+    """What identifies the images of a data set."""
+    return {
+        "name": data.name,
+        "counts": dict(data.counts),
+        "sha256": dict(data.sha256),
+        "source_sha256": dict(data.source_sha256),
+    }
 
 
 def _circumstances(ranks: int) -> dict:

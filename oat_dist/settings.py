@@ -38,9 +38,10 @@ class DataConfig:
     extra: str | None = None
     """A further prepared data set that every batch has a share of, e.g. with pseudo-labels (launch/pseudo_label.py)."""
     extra_share: float = 0.5
-    """Share of every batch that comes from `data.extra`; an epoch remains a pass over `data.dataset`."""
+    """Share of every batch that comes from `data.extra`, rounded up to images; an epoch remains a pass over
+    `data.dataset` (robust self-training: half)."""
     extra_weight: float = 1.0
-    """Weight of the losses of those images."""
+    """Weight of the losses of those images (robust self-training: 1)."""
     normalise: bool = False
     """Subtract the training split's mean and divide by its deviation, per channel, inside the network (paper: no)."""
 
@@ -50,7 +51,8 @@ class DataConfig:
         ok = self.shift_pixels is None or self.shift_pixels >= 0
         require(ok, "data.shift_pixels", self.shift_pixels, "must be at least 0")
         require(0 < self.extra_share < 1, "data.extra_share", self.extra_share, "must lie in (0, 1)")
-        require(self.extra_weight >= 0, "data.extra_weight", self.extra_weight, "must be at least 0")
+        ok = 0 <= self.extra_weight < math.inf
+        require(ok, "data.extra_weight", self.extra_weight, "must be at least 0 and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,13 @@ class AttackConfig:
     """Step size in grey levels; default: that of the paper of `loss.robust` (PGD-AT: min(1.25 eps, eps + 4)/steps)."""
     random_start: bool | None = None
     """Start at a random point, keyed by seed, epoch and image; default: as in the paper of `loss.robust`."""
+    guard: Literal["auto", "switch", "stop", "none"] = "auto"
+    """What to do when robust accuracy collapses in training (catastrophic overfitting): `switch` goes back to the last
+    good checkpoint and on with PGD, `stop` reports that one; `auto`: switch for single-step methods, else none."""
+    guard_images: int = 256
+    """Validation images, spread over the split, on which the guard measures PGD-10 after every epoch."""
+    guard_drop: float = 0.5
+    """Share of the best robust accuracy so far, in (0, 1), whose loss is a collapse."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -74,6 +83,8 @@ class AttackConfig:
         require(self.steps is None or self.steps >= 1, "attack.steps", self.steps, "must be at least 1")
         ok = self.step_size_255 is None or self.step_size_255 > 0
         require(ok, "attack.step_size_255", self.step_size_255, "must be positive")
+        require(self.guard_images >= 1, "attack.guard_images", self.guard_images, "must be at least 1")
+        require(0 < self.guard_drop < 1, "attack.guard_drop", self.guard_drop, "must lie in (0, 1)")
 
     @property
     def eps(self) -> float:

@@ -8,14 +8,17 @@ images differ. Nothing here waits for the device.
 Letters: N images, A of them with lambda > 0, M of them in the clean part of the joint forward, K classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from oat_dist.adversary import attack_dtype, attack_images, noisy_images
+from oat_dist.attacks import AttackPlan, at_least_float32
 from oat_dist.config import Config
 from oat_dist.data import Batch
 from oat_dist.graphed import GraphReplay
@@ -26,7 +29,7 @@ from oat_dist.models.network import ConditionalNetwork
 from oat_dist.random import draw_keys
 
 Forward = Callable[..., Any]
-"""(images, condition, with_features=False) -> logits, or (logits, features)."""
+"""(images, condition, with_features=False, within=None) -> logits, or a tuple; see `ConditionalNetwork.forward`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,7 @@ class StepLosses:
     """Losses of one micro-batch and what is counted for the log."""
 
     loss_N: Tensor
-    """Once-for-all loss of each image, with a graph."""
+    """Once-for-all loss of each image, with a graph; of extra images times `data.extra_weight`."""
     counts: dict[str, Tensor]
     """Scalars on the device, to be summed over images, micro-batches and ranks."""
     num_clean: int
@@ -51,6 +54,7 @@ def training_losses(
     config: Config,
     epoch: int,
     forward: Forward,
+    plan: AttackPlan | None = None,
     replay: GraphReplay | None = None,
     step: int = 0,
     width: float = 1.0,
@@ -65,7 +69,8 @@ def training_losses(
         config: Configuration of the run.
         epoch: Epoch, part of the key of the random starts.
         forward: The training forward: the network itself or an engine around it.
-        replay: Runs the attack as one recorded graph; always the same for one network and configuration.
+        plan: The attack; default: that of the configuration.
+        replay: Runs the attack as one recorded graph; always the same for one network and plan.
         step: Step within the epoch, part of the key of the weight noise of conditioning.kind=float, which attack and
             training forward share.
         width: Share of the channels, one of the network's widths; attack and forward go through that subnetwork.
@@ -83,68 +88,105 @@ def training_losses(
     attacked = slice(cond.num_zero, None)
     frozen = network.freeze(cond.attacked(), dtype=attack_dtype(config.engine.precision))
     of_attacked = x[attacked], label_N[attacked], batch.index_N[attacked]
-    x_adv = attack_images(network, frozen, *of_attacked, config=config, epoch=epoch, replay=replay)
-    images = _views(x[attacked], x_adv, batch.index_N[attacked], objective, config=config, epoch=epoch)
-    if images[0].requires_grad:
-        x = torch.cat((x[: cond.num_zero], images[0]))
+    x_adv = attack_images(network, frozen, *of_attacked, config=config, epoch=epoch, plan=plan, replay=replay)
+    images = [x[attacked], x_adv]
+    if "noisy_logits" in objective.needs:
+        images.append(noisy_images(x[attacked], batch.index_N[attacked], config=config, epoch=epoch))
     if config.model.dropout:
         _seed_dropout(config.seed, epoch, batch.index_N)
     clean_M = None if config.loss.clean_at_one else _clean_positions(lam_N, x.device)
     x_clean, clean_label = (x, label_N) if clean_M is None else (x[clean_M], label_N[clean_M])
-    outputs = _forward(forward, torch.cat((x_clean, *images[1:])), cond.joint(clean_M, objective.views), objective)
-    logits, *features = (part.split((len(x_clean), *map(len, images[1:]))) for part in outputs)
+    joint, smoothing = torch.cat((x_clean, *images[1:])), config.loss.label_smoothing
+    sizes = [len(x_clean), *map(len, images[1:])]
+    outputs = _forward(
+        forward, joint, cond.joint(clean_M, objective.view_statistics), objective,
+        sizes=sizes, label_A=label_N[attacked], label_smoothing=smoothing,
+    )  # fmt: skip
+    logits = outputs["logits_AK"].split(sizes)
     lam_N = lam_N.to(x.device, logits[0].dtype, non_blocking=True)
-    clean_logits_AK = logits[0][attacked] if clean_M is None else None
-    robust_A = objective.loss(
-        Examples(
-            label_A=label_N[attacked],
-            settings=settings_at(objective, condition_on, lam_N[attacked]),
-            label_smoothing=config.loss.label_smoothing,
-            **_parts("image_ACHW", images),
-            **_parts("logits_AK", (clean_logits_AK, *logits[1:])),
-            **(_parts("features_AF", (features[0][0][attacked], features[0][1])) if features else {}),
-        )
+    examples = Examples(
+        label_A=label_N[attacked],
+        settings=settings_at(objective, condition_on, lam_N[attacked]),
+        label_smoothing=smoothing,
+        **_fields("image_ACHW", images),
+        **_fields_of_outputs(outputs, sizes, attacked if clean_M is None else None),
     )
+    robust_A = objective.loss(examples)
     loss_N, clean_loss_M = once_for_all_loss(
-        logits[0], robust_A, label_N, lam_N, label_smoothing=config.loss.label_smoothing, clean_M=clean_M,
+        logits[0], robust_A, label_N, lam_N, label_smoothing=smoothing, clean_M=clean_M,
         is_driven=condition_on is not None, target_MK=None if teacher is None else teacher.logits[0].softmax(1),
     )  # fmt: skip
+    if config.data.extra is not None:
+        loss_N = loss_N * _weights(batch, config.data.extra_weight).to(loss_N.device, loss_N.dtype, non_blocking=True)
     counts = {
         "loss": loss_N.sum(),
         "loss_clean": clean_loss_M.sum(),
         "loss_robust": robust_A.sum(),
         "correct_clean": (logits[0].argmax(1) == clean_label).sum(),
-        "correct_robust": (logits[1].argmax(1) == label_N[attacked]).sum(),
+        "correct_robust": (logits[1].argmax(1) == examples.label_A).sum(),
     }
     counts = {key: value.detach() for key, value in counts.items()}
     answers = logits[0].detach(), logits[1].detach()
     return StepLosses(loss_N=loss_N, counts=counts, num_clean=len(x_clean), logits=answers)
 
 
-def _views(
-    x: Tensor, x_adv: Tensor, index: Tensor, objective: Objective, *, config: Config, epoch: int
-) -> tuple[Tensor, ...]:
-    """(clean, adversarial) or (clean, adversarial, noisy) images of the attacked ones.
-
-    Those that are not adversarial require a gradient where it is part of the loss.
-    """
-    views = [x]
-    if "noisy_logits" in objective.needs:
-        views.append(noisy_images(x, index, config=config, epoch=epoch))
-    if objective.input_gradients:
-        views = [image.detach().requires_grad_(True) for image in views]
-    return (views[0], x_adv, *views[1:])
+def _fields_of_outputs(
+    outputs: Mapping[str, Tensor], sizes: Sequence[int], attacked: slice | None
+) -> dict[str, Tensor | None]:
+    """Fields of `Examples` for outputs of the joint forward; those of the clean images if all have some."""
+    fields = {}
+    for name, joint in outputs.items():
+        clean, *views = joint.split(sizes)
+        fields |= _fields(name, (None if attacked is None else clean[attacked], *views))
+    return fields
 
 
-def _parts(name: str, views: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
-    """Fields of `Examples` for what there is of each view."""
+def _fields(name: str, views: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+    """Fields of `Examples` for what there is of the clean, the adversarial and the noisy images."""
     return dict(zip((f"clean_{name}", f"adversarial_{name}", f"noisy_{name}"), views, strict=False))
 
 
-def _forward(forward: Forward, x: Tensor, cond: Condition, objective: Objective) -> list[Tensor]:
-    """[logits], or [logits, features] for an objective that needs them, in float32 at least."""
-    output = forward(x, cond, with_features=True) if "features" in objective.needs else (forward(x, cond),)
-    return [part.to(torch.promote_types(part.dtype, torch.float32)) for part in output]
+def _forward(
+    forward: Forward,
+    joint: Tensor,
+    cond: Condition,
+    objective: Objective,
+    *,
+    sizes: Sequence[int],
+    label_A: Tensor,
+    label_smoothing: float,
+) -> dict[str, Tensor]:
+    """Outputs of the training forward that an objective needs, for all images, in float32 at least."""
+    names, asked = ["logits_AK"], {}
+    if "features" in objective.needs:
+        names.append("features_AF")
+        asked["with_features"] = True
+    if objective.has_input_gradient:
+        names.append("gradient_ACHW")
+        joint.requires_grad_(True)
+        asked["within"] = partial(_input_gradient, joint, sizes=sizes, label_A=label_A, label_smoothing=label_smoothing)
+    outputs = forward(joint, cond, **asked)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return {name: at_least_float32(output) for name, output in zip(names, outputs, strict=True)}
+
+
+def _input_gradient(
+    joint: Tensor, logits: Tensor, *, sizes: Sequence[int], label_A: Tensor, label_smoothing: float
+) -> tuple[Tensor]:
+    """Gradient, with a graph, of the summed cross-entropies of attacked images, clean and noisy, to all images."""
+    # The network runs under autocast; gradients of gradients would be cast once more.
+    with torch.autocast(logits.device.type, enabled=False):
+        clean, _, *noisy = at_least_float32(logits).split(sizes)
+        total = sum(
+            F.cross_entropy(part, label_A, reduction="sum", label_smoothing=label_smoothing)
+            for part in (clean[len(clean) - len(label_A) :], *noisy)
+        )
+        return torch.autograd.grad(total, joint, create_graph=True)
+
+
+def _weights(batch: Batch, extra_weight: float) -> Tensor:
+    """[N] float64 on the host: weights of the losses of a batch with images of `data.extra`."""
+    return torch.ones(len(batch.index_N), dtype=torch.float64).masked_fill(batch.is_extra_N, extra_weight)
 
 
 def _clean_positions(lam_N: Tensor, device: torch.device) -> Tensor:

@@ -1,5 +1,6 @@
 """Training from a configuration to a run folder: file -> loader -> condition -> attack -> forward -> loss -> engine."""
 
+import gc
 import pathlib
 from collections.abc import Callable
 
@@ -16,18 +17,19 @@ from oat_dist.data import PreparedData, TrainLoader
 from oat_dist.data.sources import SOURCES
 from oat_dist.distributed import World
 from oat_dist.divergence import LossWatch, require_finite
-from oat_dist.engine import Engine, deepspeed_config
+from oat_dist.engine import Engine
 from oat_dist.evaluation import EvaluationAttack
 from oat_dist.graphed import graph_replay
-from oat_dist.losses import robust_term
-from oat_dist.metrics import MetricsWriter, keep_metrics_until
+from oat_dist.guard import Guard, guard_action, needs_validation, read_collapse
+from oat_dist.losses import attack_plan, robust_term
+from oat_dist.metrics import MetricsWriter
 from oat_dist.models import build_model, model_channels
 from oat_dist.models.init_from import initialise_from
 from oat_dist.models.network import ConditionalNetwork
 from oat_dist.models.slimming import idle_parameters, widths_of_step
 from oat_dist.optim import AveragedNetwork, learning_rate
 from oat_dist.progress import progress_bar
-from oat_dist.resume import RunLock, find_unfinished
+from oat_dist.resume import RunLock, open_run, rewind
 from oat_dist.step import training_losses
 from oat_dist.step_log import WidthLogs
 from oat_dist.validation import Validator
@@ -57,12 +59,12 @@ def train(config: Config, world: World, after_epoch: AfterEpoch | None = None) -
     if config.engine.compile:
         require_compiler(world.device)
     data = world.on_main(lambda: open_data(config))
+    extra = world.on_main(lambda: _open_extra(config, data))
     loader = TrainLoader(data, config, rank=world.rank, ranks=world.ranks, device=world.device)
     lock = RunLock()
-    run, checkpoint = world.on_main(lambda: _open_run(config, data, world, lock))
+    run, checkpoint = world.on_main(lambda: open_run(config, data, world.ranks, lock, extra=extra))
     try:
-        training = Training(config, data, loader, world=world, run=run, checkpoint=checkpoint)
-        training.fit(after_epoch)
+        training = _trained(config, data, loader, world, run, checkpoint, after_epoch)
         cfg = config.evaluation
         report.measure(
             training.finish(),
@@ -74,6 +76,7 @@ def train(config: Config, world: World, after_epoch: AfterEpoch | None = None) -
             batch_size=cfg.batch_size,
             world=world,
             stem=run / "frontier",
+            collapse=training.collapse,
         )
     finally:
         lock.release()
@@ -91,28 +94,34 @@ def open_data(config: Config) -> PreparedData:
         data = data_sets.prepare(root, name)
     else:
         data = data_sets.open_prepared(root, name)
-    splits = {"train", config.evaluation.split} | ({"val"} if config.evaluation.interval_epochs else set())
+    validates = config.evaluation.interval_epochs or needs_validation(config, data)
+    splits = {"train", config.evaluation.split} | ({"val"} if validates else set())
     for split in sorted(splits):
         data.file(split, config.data.loader)
     return data
 
 
-def _open_run(
-    config: Config, data: PreparedData, world: World, lock: RunLock
-) -> tuple[pathlib.Path, Checkpoint | None]:
-    """On the main rank: the locked folder of a new run, or of an unfinished one with its newest checkpoint."""
-    run = find_unfinished(config)
-    if run is None:
-        run = runs.create_run(config, data, deepspeed_config(config, world.ranks), world.ranks)
-        lock.take(run)
-        return run, None
-    lock.take(run)
-    checkpoint = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep).newest()
-    step = checkpoint.step if checkpoint else 0
-    keep_metrics_until(run, step)
-    runs.note_resume(run, step, world.ranks)
-    print(f"going on with {run} at step {step}")
-    return run, checkpoint
+def _open_extra(config: Config, data: PreparedData) -> PreparedData | None:
+    """The data set of `data.extra`, with its training split checked."""
+    extra = data_sets.open_extra(data, config.data)
+    if extra is not None:
+        extra.file("train", config.data.loader)
+    return extra
+
+
+def _trained(
+    config: Config, data: PreparedData, loader: TrainLoader, world: World, run: pathlib.Path,
+    checkpoint: Checkpoint | None, after_epoch: AfterEpoch | None,
+) -> "Training":  # fmt: skip
+    """Train to the end; after a collapse anew from the last good checkpoint, as a run that is resumed there."""
+    training = Training(config, data, loader, world=world, run=run, checkpoint=checkpoint)
+    if training.fit(after_epoch):
+        return training
+    # Two networks need not fit into memory; DeepSpeed's engine is part of reference cycles.
+    del training
+    gc.collect()
+    checkpoint = world.on_main(lambda: rewind(run, keep=config.checkpoint.keep))
+    return _trained(config, data, loader, world, run, checkpoint, after_epoch)
 
 
 def starting_network(config: Config, data: PreparedData, checkpoint: Checkpoint | None) -> ConditionalNetwork:
@@ -179,6 +188,10 @@ class Training:
         self.log, self.watch = WidthLogs(widths, world), LossWatch(world)
         self.idle = {width: tuple(idle_parameters(self.network, width)) for width in widths}
         self.validator = Validator(config, data, world=world, run=run) if config.evaluation.interval_epochs else None
+        self.collapse = world.on_main(lambda: read_collapse(run))
+        is_guarded = self.collapse is None and guard_action(config) != "none"
+        self.guard = Guard(config, data, world=world, store=self.store) if is_guarded else None
+        self.plan = attack_plan(config, multi_step=self.collapse is not None)
         self.step = 0
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -188,8 +201,12 @@ class Training:
         """The network that is evaluated: the average where there is one."""
         return self.averaged.network if self.averaged else self.network
 
-    def fit(self, after_epoch: AfterEpoch | None = None) -> None:
+    def fit(self, after_epoch: AfterEpoch | None = None) -> bool:
         """Run all steps that are left; the host waits for the device on log steps and at checkpoints alone.
+
+        Returns:
+            Whether training is complete; if not, the guard found a collapse, and it goes on in another `Training` from
+            the newest checkpoint.
 
         Raises:
             UserError: The loss is no longer finite.
@@ -207,11 +224,11 @@ class Training:
             progress_bar("training", total, is_main=world.is_main, done=self.step) as advance,
         ):
             first_epoch, first_step = divmod(self.step, loader.steps_per_epoch)
-            for epoch in range(first_epoch, config.optim.epochs):
+            for epoch in range(first_epoch, first_epoch if self._is_stopped else config.optim.epochs):
                 for at, micro_batches in enumerate(loader.epoch(epoch, first_step), start=first_step):
                     self._take_step(sampler, micro_batches, epoch, at, learning_rate(config.optim, self.step, total))
                     if self.step % config.logging.interval_steps == 0 or self.step == total:
-                        self.watch.check(self._last_good)
+                        self.watch.check(self.store.newest)
                         lr = learning_rate(config.optim, self.step - 1, total)
                         values, images = self.log.flush()
                         metrics.write(self.step, {"epoch": epoch, "lr": lr, **values}, images=images)
@@ -219,17 +236,21 @@ class Training:
                     else:
                         advance()
                 first_step = 0
-                self._end_epoch(epoch, metrics)
+                if not self._end_epoch(epoch, metrics):
+                    return False
                 if after_epoch is not None:
                     self._average_statistics()
-                    self.watch.check(self._last_good)
+                    self.watch.check(self.store.newest)
                     after_epoch(epoch + 1, self.best_so_far)
         self.store.wait()
+        return True
 
     def finish(self) -> torch.nn.Module:
         """Write model.safetensors - the best network by validation score, or the last - and return it."""
         final = self.best_so_far
         if self.validator is not None:
+            if self._is_stopped:  # after an epoch that need not be one that validates
+                self.validator.measure(final, self.step)
             self.validator.load_best(final)
         self._require_finite({"model": final.state_dict()})
         if self.world.is_main:
@@ -243,7 +264,7 @@ class Training:
             for width in widths_of_step(self.config.model, self.config.seed, self.step):
                 losses = training_losses(
                     self.network, batch, lam_N, config=self.config, epoch=epoch, forward=self.engine.forward,
-                    replay=self.replay, step=at, width=width, teacher=teacher,
+                    plan=self.plan, replay=self.replay, step=at, width=width, teacher=teacher,
                 )  # fmt: skip
                 self.engine.backward_and_step(losses.loss_N, lr, self.idle[width])
                 self.watch.add(self.step + 1, losses.loss_N, lam_N)
@@ -255,19 +276,27 @@ class Training:
             self.averaged.update(self.step)
         self.step += 1
 
-    def _end_epoch(self, epoch: int, metrics: MetricsWriter) -> None:
-        """Validate and checkpoint where it is time."""
+    @property
+    def _is_stopped(self) -> bool:
+        return self.collapse is not None and self.collapse.action == "stop"
+
+    def _end_epoch(self, epoch: int, metrics: MetricsWriter) -> bool:
+        """Look for a collapse, validate and checkpoint where it is time; whether training may go on."""
         done, is_last = epoch + 1, epoch + 1 == self.config.optim.epochs
         validates = self.validator is not None and (done % self.config.evaluation.interval_epochs == 0 or is_last)
-        saves = done % self.config.checkpoint.interval_epochs == 0 or is_last
+        # A guarded run saves every epoch: how far a collapse throws it back must not depend on the interval.
+        saves = self.guard is not None or done % self.config.checkpoint.interval_epochs == 0 or is_last
         if validates or saves:
             self._average_statistics()
-            self.watch.check(self._last_good)
+            self.watch.check(self.store.newest)
             self._require_finite(self._networks())
+        if self.guard is not None and not self.guard.passes(self.network, metrics, epoch=done, step=self.step):
+            return False
         if validates:
             metrics.write(self.step, self.validator.measure(self.best_so_far, self.step))
         if saves:
             self._save()
+        return True
 
     def _average_statistics(self) -> None:
         self.world.average_running_statistics([self.network] + ([self.averaged.network] if self.averaged else []))
@@ -275,6 +304,8 @@ class Training:
     def _save(self) -> None:
         """Hand everything to the checkpoint store; every rank takes part in gathering."""
         state = {"step": self.step, "log": self.log.collapse(), "config": to_dict(self.config)}
+        if self.guard is not None:
+            state["guard_best"] = self.guard.best
         optimizer = {"optimizer": self.engine.optimizer_state()}
         self._require_finite(optimizer)
         if self.world.is_main:
@@ -287,12 +318,7 @@ class Training:
 
     def _require_finite(self, parts: dict[str, dict[str, Tensor]]) -> None:
         """Nothing that is not finite is written."""
-        require_finite(parts, self.step, world=self.world, last_good=self._last_good)
-
-    def _last_good(self) -> Checkpoint | None:
-        """On the main rank: the newest checkpoint, after the one being written."""
-        self.store.wait()
-        return self.store.newest()
+        require_finite(parts, self.step, world=self.world, last_good=self.store.newest)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Everything but the weights, which had to be there before the engine."""
@@ -301,5 +327,7 @@ class Training:
         if self.averaged is not None:
             path = checkpoint.folder / "averaged.safetensors"
             load_exactly(self.averaged.network, checkpoint.tensors("averaged"), path)
+        if self.guard is not None:
+            self.guard.best = checkpoint.state.get("guard_best", self.guard.best)
         totals = checkpoint.state["log"]
         self.log.restore(totals if self.world.is_main else dict.fromkeys(totals, 0.0))

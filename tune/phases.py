@@ -20,6 +20,7 @@ from oat_dist.dedicated import dedicated_config, find_trained, frontier_file, me
 from oat_dist.errors import UserError
 from oat_dist.evaluation import EvaluationAttack
 from oat_dist.frontier import dedicated_frame
+from oat_dist.losses import robust_term
 from oat_dist.report import describe
 from oat_dist.resume import RunLock
 from oat_dist.runs import make_folder
@@ -57,7 +58,9 @@ class Search:
         self.attack = EvaluationAttack.of(self.base)
         self.samples = self._samples()
         self.folder, self.dedicated = folder, None
-        if frontier is not None:
+        if frontier is None:
+            robust_term(self.base)  # dedicated networks are trained with it, whatever the space says
+        else:
             self.dedicated = read_frontier(frontier, self.base, self.data, split="val")
             dedicated_frame(self.dedicated["points"])
 

@@ -16,6 +16,7 @@ from typing import Any
 from oat_dist.config import Config, to_dict
 from oat_dist.config_io import typed_value, with_settings
 from oat_dist.errors import UserError
+from oat_dist.losses import find_objective, require_setting, robust_term
 
 DISTRIBUTION = "conditioning.distribution"
 _FORMS = "discrete(0, 0.1, 1, weights=[2, 1, 1]), uniform(0, 1, zero=0.1) or beta(0.5, 1, zero=0.1)"
@@ -90,8 +91,8 @@ def read_space(written: Mapping[str, Any], base: Config) -> Space:
         base: That run.
 
     Raises:
-        UserError: Unknown key, wrong type, unparsable distribution, a key that must be the same in all trials, or no
-            combination that can be trained.
+        UserError: Unknown key, wrong type, unparsable distribution, unknown objective or setting of an objective, a key
+            that must be the same in all trials, or no combination that can be trained.
     """
     if not written:
         raise UserError("space: is empty; name at least one key, e.g. conditioning.encoding: [dct, fourier]")
@@ -161,6 +162,10 @@ def _read_value(key: str, value: Any) -> Any:
         return value
     try:
         typed = typed_value(key, value)
+        if key == "loss.robust":
+            find_objective(typed)
+        elif key.startswith("loss.settings."):
+            require_setting(key)
         # Trials have a working directory of their own.
         return str(pathlib.Path(typed).absolute()) if key == "model.init_from" and typed else typed
     except UserError as error:
@@ -186,6 +191,8 @@ def _combinations(choices: Mapping[str, tuple], ranges: Mapping[str, Range], bas
         sample = dict(zip(choices, values, strict=True))
         try:
             configs = [with_settings(base, settings(sample | end)) for end in ends]
+            for config in configs:
+                robust_term(config)
         except UserError as error:
             reason = error
             continue

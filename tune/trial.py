@@ -81,7 +81,7 @@ def _run_candidate(
     batches = evaluation_batches(
         data, cfg.split, config.data, cfg.batch_size, rank=world.rank, ranks=world.ranks, device=world.device
     )
-    images_per_epoch = data.counts["train"] // config.optim.batch_size * config.optim.batch_size
+    images_per_epoch = config.steps_per_epoch(data.counts["train"]) * config.optim.batch_size
     clock = _Clock()
 
     def tell(epoch: int, points: list[dict], run: pathlib.Path | None) -> None:

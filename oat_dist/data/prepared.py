@@ -49,19 +49,24 @@ class PreparedData:
     source_sha256: Mapping[str, str]
     """Source file -> checksum; empty for data that comes with the installation."""
     arguments: tuple[str, ...]
-    """Arguments of launch/prepare_data.py, without --out, that made it."""
+    """Arguments of the script, without --out, that made it."""
+    script: str = "prepare_data.py"
+    """The script in launch/ that made it."""
 
     @property
     def command(self) -> str:
         """The command that prepares it again."""
-        return prepare_command(self.arguments, self.folder.parent)
+        return prepare_command(self.arguments, self.folder.parent, self.script)
 
     def file(self, split: str, loader: str) -> pathlib.Path:
         """The file of a split for a loader, checked against its checksum.
 
         Raises:
-            UserError: It is missing or damaged.
+            UserError: There is no such split, or its file is missing or damaged.
         """
+        if split not in self.counts:
+            has = ", ".join(self.counts)
+            raise UserError(f"{self.folder}: has no {split} split, only {has}; it can be data.extra alone")
         path = self.folder / f"{split}{SUFFIXES[loader]}"
         if path.name not in self.sha256:
             raise UserError(f"data.loader={loader!r}: {path} was not prepared (no FFCV then); run: {self.command}")
@@ -76,25 +81,28 @@ class PreparedData:
         return path
 
 
-def prepare_command(arguments: Sequence[str], root: pathlib.Path) -> str:
+def prepare_command(arguments: Sequence[str], root: pathlib.Path, script: str = "prepare_data.py") -> str:
     """The shell command that prepares a data set into `root`."""
-    return f"python launch/prepare_data.py {shlex.join(arguments)} --out {shlex.quote(str(root))}"
+    return f"python launch/{script} {shlex.join(arguments)} --out {shlex.quote(str(root))}"
 
 
-def open_prepared(root: str, name: str) -> PreparedData:
+def open_prepared(root: str, name: str, *, key: str = "data.dataset") -> PreparedData:
     """Read the description of a prepared data set.
 
     Args:
         root: Folder of data sets, `data.root`.
-        name: Name of one, `data.dataset`.
+        name: Name of one.
+        key: Setting that names it, `data.dataset` or `data.extra`.
 
     Raises:
         UserError: There is none of this name, or its description is unreadable or of an older form.
     """
     folder = pathlib.Path(root) / name
     path = folder / "dataset.json"
-    arguments = [name] if name in NAMES else ["SOURCE", "--name", name]
-    again = f"run: {prepare_command(arguments, folder.parent)}"
+    arguments, script = [name] if name in NAMES else ["SOURCE", "--name", name], "prepare_data.py"
+    if key == "data.extra" and name not in NAMES:
+        arguments, script = ["--run", "RUN", "--images", "SOURCE", "--name", name], "pseudo_label.py"
+    again = f"run: {prepare_command(arguments, folder.parent, script)}"
     try:
         about = json.loads(path.read_text())
         if about["format"] != FORMAT:
@@ -112,9 +120,10 @@ def open_prepared(root: str, name: str) -> PreparedData:
             sha256=dict(about["sha256"]),
             source_sha256=dict(about["source_sha256"]),
             arguments=tuple(about["arguments"]),
+            script=about.get("script", "prepare_data.py"),
         )
     except OSError as error:
         expected = f"no prepared data set at {folder} ({error.strerror}); {again}, or set data.root to where it is"
-        raise UserError(f"data.dataset={name!r}: {expected}") from None
+        raise UserError(f"{key}={name!r}: {expected}") from None
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: damaged, or written by an older version; {again}") from None

@@ -9,15 +9,13 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-import safetensors.numpy
 
-from oat_dist.data import ffcv_io
-from oat_dist.data.checksum import file_sha256
 from oat_dist.data.prepared import FORMAT, SPLITS, SUFFIXES, PreparedData, open_prepared
 from oat_dist.data.sources import OPTIONS, Source, SourceOptions, check_request, default_name, read_source
+from oat_dist.data.splits import check_space, write_split
 from oat_dist.errors import UserError, require
 
 
@@ -37,24 +35,43 @@ def prepare(root: str, request: str, *, name: str | None = None, options: Source
     check_request(request, options)
     default = default_name(request)
     name = default if name is None else name
-    # Not the folder of downloads, nothing hidden, nothing that leaves the root.
-    ok = name[:1].isalnum() and all(c.isalnum() or c in "-_.+" for c in name) and name != "archives"
-    require(ok, "--name", name, "must be letters, digits and -_.+ only, begin with a letter or digit, not 'archives'")
+    check_name(name)
     folder = pathlib.Path(root) / name
     try:
-        with _hidden_folder(folder) as hidden:
+        with hidden_folder(folder) as hidden:
             source = _read(request, options)
-            _check_space(source, hidden)
+            check_space(sum(map(len, source.splits.values())), source.images_NHWC.shape[1:], hidden)
             sha256 = {}
             for split in SPLITS:
-                sha256 |= _write_split(source, split, hidden)
-            about = _describe(source, name, sha256)
-            about["arguments"] = _arguments(request, name if name != default else None, options)
+                rows = source.splits[split].astype(np.int64)
+                labels_N = source.labels_N[rows].astype(np.int64)
+                sha256 |= write_split(hidden, split, source.images_NHWC[rows], labels_N, rows)
+            about = describe(
+                source.images_NHWC[source.splits["train"]],
+                name=name,
+                classes=source.classes,
+                counts={split: len(source.splits[split]) for split in SPLITS},
+                augmentation=(source.shift_pixels, source.flip),
+                citation=source.citation,
+                source_sha256=source.sha256,
+                sha256=sha256,
+                arguments=_arguments(request, name if name != default else None, options),
+            )
             (hidden / "dataset.json").write_text(json.dumps(about, indent=1))
-            _move(hidden, folder)
+            move(hidden, folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot write the data set: {error.strerror or error}") from None
     return open_prepared(root, name)
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that is not a folder of its own: hidden, that of downloads, or out of the root.
+
+    Raises:
+        UserError: The name is not one.
+    """
+    ok = name[:1].isalnum() and all(c.isalnum() or c in "-_.+" for c in name) and name != "archives"
+    require(ok, "--name", name, "must be letters, digits and -_.+ only, begin with a letter or digit, not 'archives'")
 
 
 def pixel_statistics(images_NHWC: np.ndarray) -> tuple[list[float], list[float]]:
@@ -80,20 +97,45 @@ def _read(request: str, options: SourceOptions) -> Source:
         raise UserError(f"{request}: cannot read {what}: {error.strerror or error}") from None
 
 
-def _describe(source: Source, name: str, sha256: dict[str, str]) -> dict:
-    mean, std = pixel_statistics(source.images_NHWC[source.splits["train"]])
+def describe(
+    train_NHWC: np.ndarray,
+    *,
+    name: str,
+    classes: Sequence[str],
+    counts: Mapping[str, int],
+    augmentation: tuple[int, bool],
+    citation: str,
+    source_sha256: Mapping[str, str],
+    sha256: Mapping[str, str],
+    arguments: Sequence[str],
+) -> dict:
+    """The content of dataset.json.
+
+    Args:
+        train_NHWC: uint8 images of the training split.
+        name: Name of the data set.
+        classes: Names of the classes.
+        counts: Images per split.
+        augmentation: Default translation in pixels, and whether to flip.
+        citation: Where the data comes from.
+        source_sha256: Source file -> checksum.
+        sha256: Written file -> checksum.
+        arguments: Command line, without --out, that asks for the same.
+    """
+    mean, std = pixel_statistics(train_NHWC)
     return {
         "format": FORMAT,
         "name": name,
-        "classes": source.classes,
-        "image_shape": source.images_NHWC.shape[1:],
-        "counts": {split: len(source.splits[split]) for split in SPLITS},
+        "classes": list(classes),
+        "image_shape": train_NHWC.shape[1:],
+        "counts": dict(counts),
         "pixel_mean": mean,
         "pixel_std": std,
-        "augmentation": {"shift_pixels": source.shift_pixels, "flip": source.flip},
-        "citation": source.citation,
-        "source_sha256": dict(source.sha256),
-        "sha256": sha256,
+        "augmentation": dict(zip(("shift_pixels", "flip"), augmentation, strict=True)),
+        "citation": citation,
+        "source_sha256": dict(source_sha256),
+        "sha256": dict(sha256),
+        "arguments": list(arguments),
     }
 
 
@@ -103,30 +145,8 @@ def _arguments(request: str, name: str | None, options: SourceOptions) -> list[s
     return [request, *(str(part) for pair in named.items() if pair[1] is not None for part in pair)]
 
 
-def _check_space(source: Source, folder: pathlib.Path) -> None:
-    needed = sum(map(len, source.splits.values())) * source.images_NHWC[0].nbytes * (1 + ffcv_io.is_installed())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(f"{folder.parent}: the data set takes {needed >> 20} MiB, but {free >> 20} MiB are free there")
-
-
-def _write_split(source: Source, split: str, folder: pathlib.Path) -> dict[str, str]:
-    rows = source.splits[split].astype(np.int64)
-    tensors = {
-        "image": np.ascontiguousarray(source.images_NHWC[rows]),
-        "label": source.labels_N[rows].astype(np.int64),
-        "index": rows,
-    }
-    written = [folder / f"{split}{SUFFIXES['memory']}"]
-    written[0].write_bytes(safetensors.numpy.save(tensors))
-    if ffcv_io.is_installed():
-        written.append(folder / f"{split}{SUFFIXES['ffcv']}")
-        ffcv_io.write_beton(written[1], **tensors)
-    return {path.name: file_sha256(path) for path in written}
-
-
 @contextlib.contextmanager
-def _hidden_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+def hidden_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """An empty folder beside `folder` that is gone after the block, with its parents if these were made for it."""
     made = [parent for parent in folder.parents if not parent.exists()]
     hidden = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -141,7 +161,7 @@ def _hidden_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
                 parent.rmdir()
 
 
-def _move(hidden: pathlib.Path, folder: pathlib.Path) -> None:
+def move(hidden: pathlib.Path, folder: pathlib.Path) -> None:
     """Put the files of a new data set in place of the old one's; nothing else in the folder is touched."""
     folder.mkdir(exist_ok=True)
     for name in ("dataset.json", *(f"{split}{suffix}" for split in SPLITS for suffix in SUFFIXES.values())):

@@ -36,14 +36,22 @@ class Examples:
     """Penultimate features of the clean images."""
     adversarial_features_AF: Tensor | None = None
     """Penultimate features of the adversarial images."""
+    noisy_features_AF: Tensor | None = None
+    """Penultimate features of the noisy images."""
     clean_image_ACHW: Tensor | None = None
-    """Clean images; with `input_gradient` their gradients can be asked for."""
+    """Clean images."""
     adversarial_image_ACHW: Tensor | None = None
-    """Adversarial images, without a graph."""
+    """Adversarial images."""
     noisy_image_ACHW: Tensor | None = None
-    """Uniform random points of the balls; with `input_gradient` their gradients can be asked for."""
+    """Uniform random points of the balls."""
     noisy_logits_AK: Tensor | None = None
     """Logits of those."""
+    clean_gradient_ACHW: Tensor | None = None
+    """Gradient of the summed cross-entropies of clean and noisy images to the clean ones, with a graph."""
+    adversarial_gradient_ACHW: Tensor | None = None
+    """The same to the adversarial images: 0, or what these do to others through shared batch statistics."""
+    noisy_gradient_ACHW: Tensor | None = None
+    """The same to the noisy images."""
 
     def cross_entropy(self, logits_AK: Tensor) -> Tensor:
         """[A] cross-entropies with the labels, smoothed as configured."""
@@ -52,7 +60,7 @@ class Examples:
 
 @dataclass(frozen=True, kw_only=True)
 class AttackDefaults:
-    """The inner maximisation as the paper of a method has it; every number can be set in the `attack` section."""
+    """The inner maximisation as the paper of a method has it; the `attack` section can set steps, step size, start."""
 
     steps: int = 7
     """Gradient steps; 0 leaves the start as it is."""
@@ -73,6 +81,7 @@ class AttackDefaults:
 
 
 Need = Literal["clean_logits", "features", "input_gradient", "noisy_logits", "extra_data"]
+Statistics = Literal["own", "clean"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,28 +97,39 @@ class Objective:
     attack: AttackDefaults = field(default_factory=AttackDefaults)
     """The paper's attack."""
     settings: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-    """Settings of the method, `loss.settings.NAME`, and their defaults."""
+    """Settings of the method, `loss.settings.NAME`, and their defaults; all are at least 0."""
+    at_most_one: tuple[str, ...] = ()
+    """Settings that may not be more than 1."""
     conditionable: tuple[str, ...] = ()
     """Settings that lambda may drive (`loss.condition_on`): at 0 the objective is the clean cross-entropy."""
     needs: frozenset[Need] = frozenset()
-    """`clean_logits`, `features`; `input_gradient`: gradients to the images with a graph, so operators that
-    are differentiable twice; `noisy_logits`: a third forward, of a random point of the ball; `extra_data`."""
+    """`clean_logits`, `features`; `noisy_logits`: a third forward, of a random point of the ball; `input_gradient`: of
+    the cross-entropy, to the clean image and the noisy one if there is, with a graph; `extra_data`."""
+    adversarial_statistics: Statistics = "own"
+    """Batch statistics of the adversarial images in the training forward: `own`, as in a call of their own, or `clean`,
+    common ones with the clean images, for a loss that compares values of one and the same function of the image."""
 
     def __post_init__(self) -> None:
         """Check that the declaration is sound."""
-        unknown = set(self.conditionable) - set(self.settings)
-        if unknown:
-            raise ValueError(f"conditionable={self.conditionable}: {sorted(unknown)[0]} is no setting of {self.name}")
+        for name in ("conditionable", "at_most_one"):
+            unknown = set(getattr(self, name)) - set(self.settings)
+            if unknown:
+                raise ValueError(f"{name}={getattr(self, name)}: {sorted(unknown)[0]} is no setting of {self.name}")
+
+    @property
+    def view_statistics(self) -> tuple[Statistics, ...]:
+        """Batch statistics of the images besides the clean one that each attacked image has in the training forward."""
+        return (self.adversarial_statistics, *(("own",) if "noisy_logits" in self.needs else ()))
 
     @property
     def views(self) -> int:
-        """Images besides the clean one that each attacked image has in the training forward."""
-        return 2 if "noisy_logits" in self.needs else 1
+        """Number of those images."""
+        return len(self.view_statistics)
 
     @property
-    def input_gradients(self) -> int:
-        """Images per attacked image whose gradient is part of the loss: the clean one, and a noisy one if there is."""
-        return self.views if "input_gradient" in self.needs else 0
+    def has_input_gradient(self) -> bool:
+        """Whether gradients to images are part of the loss: one more backward pass, to be differentiated itself."""
+        return "input_gradient" in self.needs
 
 
 ROBUST: dict[str, Objective] = {}
@@ -127,12 +147,19 @@ def register(objective: Objective) -> Objective:
     return objective
 
 
+def unregister(objective: Objective) -> None:
+    """Take an objective that was registered off the list."""
+    del ROBUST[objective.name]
+
+
 def kl_divergence(target_logits_AK: Tensor, logits_AK: Tensor) -> Tensor:
     """[A] Kullback-Leibler divergences KL(softmax(target) || softmax(logits)); gradients flow to both."""
     log_p, log_q = F.log_softmax(target_logits_AK, 1), F.log_softmax(logits_AK, 1)
     return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
-def input_gradient(losses_A: Tensor, *images: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of the sum of losses with respect to images, with a graph (so that they can be trained)."""
-    return torch.autograd.grad(losses_A.sum(), images, create_graph=True)
+def direction(v_AF: Tensor) -> Tensor:
+    """[A, F] vectors of length 1; one of length 0 stays 0 and gets no gradient."""
+    square_A1 = v_AF.square().sum(1, keepdim=True)
+    is_zero_A1 = square_A1 == 0
+    return v_AF * torch.where(is_zero_A1, 0, torch.where(is_zero_A1, 1, square_A1).rsqrt())

@@ -4,6 +4,7 @@ Letters: A attacked images.
 """
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from oat_dist.attacks import AttackPlan, cross_entropy
 from oat_dist.config import AttackConfig, Config, LossConfig, default_step_size
 from oat_dist.errors import UserError, require
-from oat_dist.losses.objective import ROBUST, Objective
+from oat_dist.losses.objective import ROBUST, AttackDefaults, Objective
 
 
 def robust_term(config: Config) -> Objective:
@@ -23,28 +24,59 @@ def robust_term(config: Config) -> Objective:
         UserError: There is no such objective, or a setting does not go with it.
     """
     loss = config.loss
-    if loss.robust not in ROBUST:
-        near = difflib.get_close_matches(loss.robust, ROBUST, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(ROBUST))}"
-        raise UserError(f"loss.robust={loss.robust}: no such objective; {hint}")
-    objective = ROBUST[loss.robust]
+    objective = find_objective(loss.robust)
     _check_settings(objective, loss)
     if "extra_data" in objective.needs:
         expected = f"must name a data set with pseudo-labels, which loss.robust={loss.robust} trains on"
         require(config.data.extra is not None, "data.extra", config.data.extra, expected)
+    if objective.has_input_gradient and config.engine.compile:
+        expected = f"must be false with loss.robust={loss.robust}, whose gradients are differentiated once more"
+        raise UserError(f"engine.compile=True: {expected}")
     _check_attack(objective, config.attack)
     return replace(objective, settings={**objective.settings, **loss.settings})
+
+
+def find_objective(name: str) -> Objective:
+    """The objective of a name, with its default settings.
+
+    Raises:
+        UserError: There is none.
+    """
+    if name not in ROBUST:
+        near = difflib.get_close_matches(name, ROBUST, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(ROBUST))}"
+        raise UserError(f"loss.robust={name}: no such objective; {hint}")
+    return ROBUST[name]
+
+
+def require_setting(key: str) -> None:
+    """Check that some objective has a setting.
+
+    Args:
+        key: Its dotted key, `loss.settings.NAME`.
+
+    Raises:
+        UserError: None has.
+    """
+    known = sorted({name for objective in ROBUST.values() for name in objective.settings})
+    name = key.rpartition(".")[2]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        hint = f"did you mean loss.settings.{near[0]}?" if near else f"there are {', '.join(known)}"
+        raise UserError(f"{key}: no objective has this setting; {hint}")
 
 
 def _check_settings(objective: Objective, loss: LossConfig) -> None:
     """Every setting belongs to the objective, and lambda may drive what it is asked to."""
     for key, value in loss.settings.items():
         if key not in objective.settings:
-            owners = [name for name, other in ROBUST.items() if key in other.settings]
+            owners = sorted(name for name, other in ROBUST.items() if key in other.settings)
             its = ", ".join(f"loss.settings.{name}" for name in objective.settings) or "none"
             belongs = f"belongs to {', '.join(owners)}; " if owners else ""
             raise UserError(f"loss.settings.{key}={value}: {belongs}the settings of loss.robust={loss.robust}: {its}")
-        require(value >= 0, f"loss.settings.{key}", value, "must be at least 0")
+        most = 1 if key in objective.at_most_one else math.inf
+        expected = "must be at least 0 and finite" if most == math.inf else f"must lie in [0, {most}]"
+        require(0 <= value <= most and value < math.inf, f"loss.settings.{key}", value, expected)
     if loss.condition_on is not None and loss.condition_on not in objective.conditionable:
         its = ", ".join(objective.conditionable) or "none of its settings"
         raise UserError(
@@ -59,16 +91,27 @@ def _check_settings(objective: Objective, loss: LossConfig) -> None:
 def _check_attack(objective: Objective, attack: AttackConfig) -> None:
     defaults = objective.attack
     if attack.steps is not None and attack.steps != defaults.steps and (defaults.single_step or defaults.steps == 0):
-        expected = f"must be {defaults.steps} (or left out) with loss.robust={objective.name}"
+        right = f"{defaults.steps} (or left out)" if defaults.steps else "left out"
+        expected = f"must be {right} with loss.robust={objective.name}"
         raise UserError(f"attack.steps={attack.steps}: {expected}")
     if attack.random_start is False and defaults.maximise is not cross_entropy:
         expected = f"must be true (or left out) with loss.robust={objective.name}, whose attack has no gradient at x"
         raise UserError(f"attack.random_start=False: {expected}")
+    if attack.random_start is False and defaults.steps == 0:
+        expected = f"must be true (or left out) with loss.robust={objective.name}, which perturbs by its start alone"
+        raise UserError(f"attack.random_start=False: {expected}")
 
 
-def attack_plan(config: Config) -> AttackPlan:
-    """The attack of training: what the `attack` section says, and where it is silent the paper of the objective."""
+def attack_plan(config: Config, *, multi_step: bool = False) -> AttackPlan:
+    """The attack of training: what the `attack` section says, and where it is silent the paper of the objective.
+
+    Args:
+        config: Configuration of the run.
+        multi_step: PGD of PGD-AT in its place, of the same ball (see `oat_dist.guard`).
+    """
     cfg, defaults = config.attack, robust_term(config).attack
+    if multi_step:
+        cfg, defaults = AttackConfig(norm=cfg.norm, eps_255=cfg.eps_255), AttackDefaults()
     steps = defaults.steps if cfg.steps is None else cfg.steps
     if cfg.step_size_255 is not None:
         step_size = cfg.step_size_255 / 255

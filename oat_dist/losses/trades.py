@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from oat_dist.attacks import at_least_float32
 from oat_dist.losses.objective import AttackDefaults, Examples, Objective, kl_divergence, register
 
 
@@ -24,8 +25,8 @@ def divergence_from_clean(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """KL(clean || adversarial), summed over images, as what an attack makes large: one forward of the clean images."""
     with torch.no_grad():
-        clean = logits_fn(x).float()
-    return lambda x_adv, logits: kl_divergence(clean, logits.float()).sum()
+        clean = at_least_float32(logits_fn(x))
+    return lambda x_adv, logits: kl_divergence(clean, at_least_float32(logits)).sum()
 
 
 TRADES = register(

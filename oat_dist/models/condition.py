@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """Lambdas of a batch. Statistics segments are (clean, lambda = 0 | clean, lambda > 0 | adversarial)."""
+    """Lambdas of a batch. Statistics segments are (clean, lambda = 0 | clean, lambda > 0 | adversarial), or more."""
 
     row_N: Tensor
     """Row of each image among the distinct lambdas, int64."""
@@ -41,24 +41,31 @@ class Condition:
     """lambda * N(0, 1) for the weights of each layer of a network with weight noise, else None. It is for the images
     with lambda > 0, which all have one lambda; those with lambda = 0 need a forward of their own (`split`)."""
 
-    def joint(self, clean_M: Tensor | None = None, views: int = 1) -> "Condition":
+    def joint(self, clean_M: Tensor | None = None, views: Sequence[str] = ("own",)) -> "Condition":
         """The condition of cat(clean images, adversarial partners of those with lambda > 0, further views of them).
 
         Args:
             clean_M: [M] int64 positions of the clean images that take part, increasing; None: all.
-            views: Images that each image with lambda > 0 has beside the clean one; all are of the adversarial segment.
+            views: Batch statistics of each image that those with lambda > 0 have beside the clean one: `own`, a segment
+                for this view, or `clean`, that of the clean image; with shared statistics no view has its own.
         """
         if not self.zeros_first:
             raise ValueError("lam: images with lambda = 0 must come first in a batch that gets adversarial partners")
-        partner_row = self.row_N[self.num_zero :]
-        row, segment = self.row_N, self.segment_N
+        partner_row, partner_segment = self.row_N[self.num_zero :], self.segment_N[self.num_zero :]
+        row, segment, groups = self.row_N, self.segment_N, self.group_of_segment
         if clean_M is not None:
             row, segment = row.index_select(0, clean_M), segment.index_select(0, clean_M)
-        adversarial = torch.full_like(self.segment_N[self.num_zero :], len(self.group_of_segment) - 1)
+        segments = [segment]
+        own = len(groups) - 1
+        for view in views:
+            is_own = view == "own" and len(groups) > 1  # shared statistics are of all images
+            segments.append(torch.full_like(partner_segment, own) if is_own else partner_segment)
+            own += is_own
         return replace(
             self,
-            row_N=torch.cat((row, *[partner_row] * views)),
-            segment_N=torch.cat((segment, *[adversarial] * views)),
+            row_N=torch.cat((row, *[partner_row] * len(views))),
+            segment_N=torch.cat(segments),
+            group_of_segment=groups + groups[-1:] * (own - len(groups)),
         )
 
     def attacked(self) -> "Condition":

@@ -91,7 +91,9 @@ class SlimmableConv2d(_Layer, nn.Conv2d):
         if width == 1:
             return self.weight
         num_in = self.in_channels if self.from_images else channels_at(self.in_channels, width)
-        return self.weight[: channels_at(self.out_channels, width), :num_in]
+        part = self.weight[: channels_at(self.out_channels, width), :num_in]
+        # Dense: the backward of float32 convolutions on a CPU writes past the end of weights with gaps (torch 2.13).
+        return part.contiguous(memory_format=torch.channels_last)
 
     def cut(self, width: float) -> "SlimmableConv2d":
         """See `_Layer`."""

@@ -20,7 +20,7 @@ Letters: N images, C channels, L distinct lambdas, K classes in logits_NK.
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -78,24 +78,45 @@ class ConditionalNetwork(LayerFactory):
         self.pixel_mean, self.pixel_std = mean_C, std_C
 
     def forward(
-        self, x: Tensor, cond: Condition | Frozen, *, with_features: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [N, K] of images [N, C, H, W] in [0, 1]; with `with_features` also the penultimate features [N, F]."""
+        self,
+        x: Tensor,
+        cond: Condition | Frozen,
+        *,
+        with_features: bool = False,
+        within: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Logits of images.
+
+        Args:
+            x: [N, C, H, W] images in [0, 1].
+            cond: What the network is told about their lambdas.
+            with_features: Give the penultimate features too.
+            within: What is to be worked out from the logits before anything outside sees them: DeepSpeed takes the
+                first backward pass through an output for that of the training loss, so gradients that are part of the
+                loss have to be taken here.
+
+        Returns:
+            Logits [N, K], or a tuple of them, features [N, F] if asked for, and what `within` returned.
+        """
         x = x.contiguous(memory_format=torch.channels_last)
         if self.pixel_mean is not None:
             x = (x - self.pixel_mean[:, None, None]) / self.pixel_std[:, None, None]
         if cond.noise is None or not cond.num_zero:
-            return self._outputs(x, cond, with_features)
-        # Images with lambda = 0 see the weights themselves, the others noisy ones. Collectives want both forwards.
-        parts = zip(x.split((cond.num_zero, len(x) - cond.num_zero)), cond.split(), strict=True)
-        outputs = [self._outputs(images, part, with_features) for images, part in parts if len(images) or cond.sync]
-        return tuple(map(torch.cat, zip(*outputs, strict=True))) if with_features else torch.cat(outputs)
+            outputs = self._outputs(x, cond, with_features)
+        else:
+            # Images with lambda = 0 see the weights themselves, the others noisy ones. Collectives want both forwards.
+            parts = zip(x.split((cond.num_zero, len(x) - cond.num_zero)), cond.split(), strict=True)
+            found = [self._outputs(images, part, with_features) for images, part in parts if len(images) or cond.sync]
+            outputs = tuple(map(torch.cat, zip(*found, strict=True)))
+        outputs += () if within is None else within(outputs[0])
+        return outputs if len(outputs) > 1 else outputs[0]
 
-    def _outputs(self, x: Tensor, cond: Condition | Frozen, with_features: bool) -> Tensor | tuple[Tensor, Tensor]:
+    def _outputs(self, x: Tensor, cond: Condition | Frozen, with_features: bool) -> tuple[Tensor, ...]:
+        """(logits,) or (logits, features) of normalised images."""
         if with_features:
             features = self._features(x, cond)
             return self.classifier(features, cond), features
-        return self._logits(x, cond)
+        return (self._logits(x, cond),)
 
     def _logits(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
         """Logits [N, K] of normalised images."""

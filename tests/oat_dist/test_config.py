@@ -50,6 +50,12 @@ WRONG = {
     "--conditioning.film_rank=0": "conditioning.film_rank=0: must be at least 1",
     "--optim.schedule=onecycle": "optim.warmup_share=0.0: ",
     "--optim.momentum=0": "optim.nesterov=True: ",
+    "--loss.settings.beta=x": "loss.settings.beta=x: expected a number",
+    "--loss.settings.beta=true": "loss.settings.beta=true: expected a number",
+    "--loss.settings.beta=null": "loss.settings.beta=null: expected a number",
+    "--loss.settings={beta: x}": "loss.settings=x: expected numbers by name, e.g. {beta: 6}",
+    "--loss.settings=3": "loss.settings=3: expected numbers by name",
+    "--loss.sttings=3": "loss.sttings: unknown key; did you mean loss.settings?",
     "--name=a/b": "name='a/b': ",
     "--engine.accumulation=200": "optim.batch_size=128: must be at least engine.accumulation=200",
 }
@@ -91,6 +97,9 @@ FILES = {
     "optim: [\n": "--config .*: not valid YAML",
     "- 1\n": "--config .*: expected sections and keys, got list",
     "optim:\n  lr: fast\n": "optim.lr=fast: expected a number",
+    "loss:\n  settings: {beta: x}\n": "loss.settings.beta=x: expected a number",
+    "loss:\n  settings: {beta: {a: 1}}\n": "loss.settings.beta={'a': 1}: expected a number",
+    "loss:\n  settings: 3\n": "loss.settings=3: in .* this is a section of names and values",
 }
 
 
@@ -122,6 +131,18 @@ def test_defaults_give_way_to_the_file_it_to_the_command_line_and_that_to_the_sa
 def test_a_sample_out_of_range_is_refused_like_any_other_setting():
     with pytest.raises(UserError, match=r"optim.lr=-1.0: must be positive"):
         load_config([], overrides={"optim.lr": -1})
+
+
+def test_settings_of_an_objective_come_from_the_file_the_command_line_and_the_sample(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("loss: {robust: llr, settings: {linearity: 3, gradient: 2.5}}\n")
+    config = load_config(
+        ["--config", str(path), "--loss.settings.gradient", "1e-3"], overrides={"loss.settings.weight": 2}
+    )
+    assert config.loss.settings == {"linearity": 3.0, "gradient": 0.001, "weight": 2.0}
+    write_config(config, path)
+    assert read_config(path) == config
+    assert fingerprint(config) != fingerprint(load_config(["--loss.robust=llr"]))
 
 
 def test_a_written_configuration_reads_back_equal(tmp_path):

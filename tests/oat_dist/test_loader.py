@@ -53,6 +53,17 @@ def test_ffcv_reads_an_evaluation_split_whole_and_in_order(digits):
         assert torch.equal((pixels * 255).round().byte(), torch.from_numpy(source.images_NHWC[index.numpy(), :, :, 0]))
 
 
+@pytest.mark.parametrize("loader", ["memory", pytest.param("ffcv", marks=needs_ffcv)])
+def test_a_part_of_an_evaluation_split_is_spread_over_it_and_over_the_ranks(digits, loader):
+    whole = read_digits().splits["test"]  # 180
+    parts = [
+        evaluation_batches(digits, "test", DataConfig(loader=loader), 64, num_images=8, rank=r, ranks=3, device=CPU)
+        for r in range(3)
+    ]
+    rows = [torch.cat([batch.index_N for batch in batches]).tolist() for batches in parts]
+    assert rows == [whole[[0, 67, 135]].tolist(), whole[[22, 90, 157]].tolist(), whole[[45, 112]].tolist()]
+
+
 @needs_ffcv
 def test_reading_leaves_the_number_of_threads_alone(digits):
     threads = torch.get_num_threads()

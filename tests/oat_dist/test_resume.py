@@ -32,14 +32,14 @@ KILLED_AT = 7  # in the third epoch, one step after a checkpoint
 
 
 def make_config(
-    root, *, loader="memory", norm="linf", sync=False, optim=None, validate=0, model=None, loss=None, conditioning=None,
-    **engine,
+    root, *, loader="memory", norm="linf", sync=False, optim=None, validate=0, extra=None, robust="pgd_at", model=None,
+    distill=False, conditioning=None, **engine,
 ) -> Config:  # fmt: skip
     return Config(
+        data=DataConfig(root=root, dataset="small", loader=loader, shift_pixels=1, extra=extra, extra_share=0.1),
         model=ModelConfig(**model or {}),
-        loss=LossConfig(**loss or {}),
         conditioning=ConditioningConfig(**conditioning or {}),
-        data=DataConfig(root=root, dataset="small", loader=loader, shift_pixels=1),
+        loss=LossConfig(robust=robust, distill_widths=distill),
         attack=AttackConfig(norm=norm, eps_255=76.5 if norm == "linf" else 300.0, steps=1),
         optim=OptimConfig(**{"batch_size": BATCH, "lr": 0.05, "epochs": EPOCHS, "ema_decay": 0.5} | (optim or {})),
         engine=EngineConfig(sync_statistics=sync, **engine),
@@ -53,13 +53,13 @@ SETTINGS = {
     "zero 1": {"zero_stage": 1},
     "zero 2, accumulating": {"zero_stage": 2, "accumulation": 2},
     "bf16": {"precision": "bf16"},
-    "adamw": {"optim": {"optimizer": "adamw", "nesterov": False}},
+    "adamw, extra images": {"optim": {"optimizer": "adamw", "nesterov": False}, "extra": "small", "robust": "rst_adv"},
     "adamw, zero 1": {"optim": {"optimizer": "adamw", "nesterov": False}, "zero_stage": 1},
     "no momentum, zero 2": {"optim": {"momentum": 0.0, "nesterov": False}, "zero_stage": 2},
     "choosing by validation": {"validate": 1},
     "sandwich of widths, distilled, zero 1": {
         "model": {"widths": (0.25, 0.5, 0.75, 1.0), "width_rule": "sandwich", "width_samples": 1, "width_heads": True},
-        "loss": {"distill_widths": True}, "zero_stage": 1,
+        "distill": True, "zero_stage": 1,
     },
     "weight noise": {"conditioning": {"kind": "float", "film": "none", "lambdas": (0.0, 1.0)}},
 }  # fmt: skip

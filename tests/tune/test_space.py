@@ -5,7 +5,8 @@ import pathlib
 import optuna
 import pytest
 
-from oat_dist.config import ConditioningConfig, Config, OptimConfig
+from oat_dist.config import ConditioningConfig, Config, LossConfig, OptimConfig
+from oat_dist.config_io import with_settings
 from oat_dist.dedicated import recipe
 from oat_dist.errors import UserError
 from tune.search import choose_search
@@ -57,6 +58,13 @@ def test_a_distribution_that_cannot_be_parsed_is_named_with_what_would_be_right(
         ({"evaluation.steps": [1, 2]}, "space.evaluation.steps: must be the same in all trials"),
         ({"conditioning.distribution": ["uniform(0, 1)"], "conditioning.encoding": ["dct"]},
          "space: no combination can be trained; the last one: conditioning.knots"),
+        ({"loss.robust": ["tradse"]}, "space.loss.robust=tradse: no such objective; did you mean trades"),
+        ({"loss.robust": ["trades"], "loss.settings.beta": ["x"]}, "space.loss.settings.beta=x: expected a number"),
+        ({"loss.settings.bta": [1]}, "space.loss.settings.bta: no objective has this setting; did you mean loss."),
+        ({"loss.settings.size": {"low": 1, "high": 2}},
+         "space.loss.settings.size: no objective has this setting; there are"),
+        ({"loss.settings.beta": [1, 2]}, "no combination can be trained; the last one: loss.settings.beta=2.0: bel"),
+        ({"loss.robust": ["fgsm"], "attack.steps": [5]}, "no combination can be trained; the last one: attack.steps=5"),
         ({"seed": list(range(200)), "optim.epochs": list(range(1, 200))}, "space: 39800 combinations, at most 20000"),
     ],
 )  # fmt: skip
@@ -79,6 +87,28 @@ def test_invalid_pairs_and_settings_without_effect_are_left_out():
     assert "conditioning.knots" not in settings(dict(zip(PAIRS, (KNOTS, "none", 8), strict=True)))
     base = Config(conditioning=ConditioningConfig(film="none"))
     assert len(read_space({"conditioning.encoding": ["dct", "onehot"]}, base).grid()) == 1
+
+
+def test_objectives_and_their_settings_are_keys_like_others():
+    space = read_space(
+        {
+            "loss.robust": ["pgd_at", "trades", "mart"],
+            "loss.settings.beta": [1, 6],
+            "loss.condition_on": [None, "beta"],
+        },
+        Config(),
+    )
+    # pgd_at has no beta, and lambda cannot drive that of mart.
+    assert space.combinations == (
+        ("trades", 1.0, None), ("trades", 1.0, "beta"), ("trades", 6.0, None), ("trades", 6.0, "beta"),
+        ("mart", 1.0, None), ("mart", 6.0, None),
+    )  # fmt: skip
+    config = with_settings(Config(), settings(space.grid()[1]))
+    assert (config.loss.robust, config.loss.settings, config.loss.condition_on) == ("trades", {"beta": 1.0}, "beta")
+    space = read_space(
+        {"loss.settings.weight": {"low": 0.1, "high": 1, "log": True}}, Config(loss=LossConfig(robust="alp"))
+    )
+    assert all(0.1 <= sample["loss.settings.weight"] <= 1 for sample in space.draw(5, 0))
 
 
 def test_random_samples_repeat_and_stay_in_the_space():

@@ -112,7 +112,7 @@ def _decode_all(files: Sequence[pathlib.Path], size: int | None) -> tuple[np.nda
         first = _open(files[0])[0].size
         width, height = (size, size) if size else first
         images_NHWC = np.empty((len(files), height, width, 3), np.uint8)
-        decode = functools.partial(_decode, size=size, first=first, first_file=files[0])
+        decode = functools.partial(decode_image, size=size, expected=first, whose=str(files[0]))
         decoded = (pool.map if first[0] * first[1] >= _MIN_THREADED_PIXELS else map)(decode, files)
         try:
             for pixels, digest in decoded:
@@ -126,23 +126,41 @@ def _decode_all(files: Sequence[pathlib.Path], size: int | None) -> tuple[np.nda
     return images_NHWC[..., :1] if grey else images_NHWC, digests
 
 
-def _decode(
-    file: pathlib.Path, size: int | None, first: tuple[int, int], first_file: pathlib.Path
+def decode_image(
+    file: pathlib.Path, *, size: int | None, expected: tuple[int, int], whose: str
 ) -> tuple[np.ndarray, str]:
-    """One image, [H, W, 1 or 3], and the checksum of its file."""
+    """Read one image.
+
+    Args:
+        file: A BMP, JPEG, PNG, PPM or WebP file.
+        size: Height and width to crop and resize to; None: the image must be as expected.
+        expected: (width, height).
+        whose: What expects it, for the message.
+
+    Returns:
+        [H, W, 1 or 3] uint8, and the checksum of the file.
+
+    Raises:
+        UserError: It cannot be read, or has another size; the file is named.
+    """
     image, body = _open(file)
-    if size is None and image.size != first:
-        ours, theirs = ("{}x{}".format(*pair) for pair in (image.size, first))
-        raise UserError(f"{file}: is {ours} pixels, {first_file} {theirs}; add --size N to crop and resize all")
+    if size is None and image.size != expected:
+        ours, theirs = ("{}x{}".format(*pair) for pair in (image.size, expected))
+        raise UserError(f"{file}: is {ours} pixels, {whose} {theirs}; add --size N to crop and resize all")
     try:
         pixels = image.convert("L" if image.mode in _GREY else "RGB")
     # Decoders of damaged bytes raise anything.
     except Exception as error:
         raise UserError(f"{file}: unreadable image: {_one_line(error)}") from None
-    if size is not None and pixels.size != (size, size):
-        pixels = ImageOps.fit(pixels, (size, size), Image.Resampling.BICUBIC)
-    array = np.asarray(pixels)
+    array = np.asarray(pixels if size is None else crop_and_resize(pixels, size))
     return array if array.ndim == 3 else array[..., None], hashlib.sha256(body).hexdigest()
+
+
+def crop_and_resize(image: Image.Image, size: int) -> Image.Image:
+    """The middle square of an image, resized; one that has the size stays as it is."""
+    if image.size == (size, size):
+        return image
+    return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
 
 
 def _open(file: pathlib.Path) -> tuple[Image.Image, bytes]:

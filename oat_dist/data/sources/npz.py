@@ -1,10 +1,14 @@
 """Images from a NumPy archive: x_train, y_train, and optionally x_val, y_val, x_test, y_test and classes.
 
 x is uint8 [N, H, W, C] or [N, H, W], y integers [N], classes names in the order of the labels. Nothing is unpickled.
+Images without labels (x_unlabeled, or x_train alone) are read piece by piece.
 """
 
+import contextlib
+import math
 import pathlib
 import zipfile
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -58,15 +62,61 @@ def read_npz(path: pathlib.Path, options: SourceOptions) -> Source:
     )
 
 
+@contextlib.contextmanager
+def open_images(
+    path: pathlib.Path,
+) -> Iterator[tuple[str, tuple[int, int, int, int], Callable[[int], np.ndarray]]]:
+    """Images without labels, piece by piece, so that they need not fit into memory.
+
+    Args:
+        path: An .npz with x_unlabeled, or x_train and no y_train.
+
+    Yields:
+        The name of the array, its shape [N, H, W, C], and a function that reads the next [n, H, W, C] of it.
+
+    Raises:
+        UserError: The file or its array is missing, damaged, or of another type or shape.
+    """
+    with contextlib.ExitStack() as stack:
+        with _readable(path):
+            archive = stack.enter_context(zipfile.ZipFile(path))
+        names = archive.namelist()
+        key = "x_unlabeled" if "x_unlabeled.npy" in names else "x_train"
+        if f"{key}.npy" not in names:
+            raise UserError(f"{path}: has no x_unlabeled and no x_train; expected uint8 [N, H, W, C]")
+        if key == "x_train" and "y_train.npy" in names:
+            raise UserError(f"{path}: its x_train has labels (y_train); name the images to be labelled x_unlabeled")
+        with _readable(path):
+            stream = stack.enter_context(archive.open(f"{key}.npy"))
+            shape = _stored_shape(stream, archive.getinfo(f"{key}.npy").file_size, f"{path}: {key}")
+
+        def read(num: int) -> np.ndarray:
+            with _readable(path):
+                body = stream.read(num * math.prod(shape[1:]))
+                return np.frombuffer(body, np.uint8).reshape(num, *shape[1:])
+
+        yield key, shape, read
+        with _readable(path):  # the checksum of a member is compared at its end
+            while stream.read(1 << 20):
+                pass
+
+
 def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
     wanted = {f"{kind}_{part}" for kind in "xy" for part in _PARTS} | {"classes"}
-    try:
+    with _readable(path):
         with zipfile.ZipFile(path) as archive:
             total = sum(member.file_size for member in archive.infolist())
         if total > MAX_BYTES:
             raise UserError(f"{path}: unpacks to {total} bytes, at most {MAX_BYTES} are read")
         with np.load(path, allow_pickle=False) as content:
             return {key: content[key] for key in content.files if key in wanted}
+
+
+@contextlib.contextmanager
+def _readable(path: pathlib.Path) -> Iterator[None]:
+    """What goes wrong while an archive is read, in one line."""
+    try:
+        yield
     except UserError:
         raise
     except FileNotFoundError:
@@ -75,6 +125,19 @@ def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: damaged or not an .npz of plain arrays: {reason}") from None
+
+
+def _stored_shape(stream: zipfile.ZipExtFile, num_bytes: int, where: str) -> tuple[int, int, int, int]:
+    """[N, H, W, C] of an array stored in `num_bytes`: a header, and all pixels after it."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, is_fortran, dtype = readers[np.lib.format.read_magic(stream)](stream)
+    if dtype != np.uint8 or len(shape) not in (3, 4) or min(shape) < 1 or is_fortran:
+        order = " in Fortran order" if is_fortran else ""
+        expected = "uint8 [N, H, W, C] or [N, H, W] with values 0 to 255, in C order"
+        raise UserError(f"{where}: must be {expected}, got {dtype} {list(shape)}{order}")
+    if num_bytes - stream.tell() != math.prod(shape):
+        raise ValueError(f"{num_bytes - stream.tell()} bytes for an array {list(shape)}")
+    return shape if len(shape) == 4 else (*shape, 1)
 
 
 def _images(x: np.ndarray, where: str) -> np.ndarray:
