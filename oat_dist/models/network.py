@@ -184,7 +184,9 @@ class ConditionalNetwork(LayerFactory):
             normal(draw_keys(0, "noise of a layer", key, at), tuple(weight.shape))[0]
             for at, weight in enumerate(weights)
         )
-        return tuple(_laid_out(positive[0] * draw, like.dtype) for draw, like in zip(draws, weights, strict=True))
+        # Laid out like the weights, whose sums with them then are too.
+        pairs = zip(draws, weights, strict=True)
+        return tuple(torch.empty_like(weight).copy_(positive[0] * draw) for draw, weight in pairs)
 
     def _films(self, lam_L: Tensor, width: float) -> tuple[tuple[Tensor, Tensor] | None, ...]:
         """Scale and shift of every site for the distinct lambdas, interpolated between knots where needed."""
