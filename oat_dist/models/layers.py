@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from oat_dist.models.condition import Condition, Frozen
 from oat_dist.models.slimming import channels_at, unfilled, width_name
 
+_MOST_PACKED = 16
+
 
 class _Layer(nn.Module):
     """What both layers share."""
@@ -80,7 +82,18 @@ class SlimmableConv2d(_Layer, nn.Conv2d):
 
     def forward(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
         """[N, in, H, W] -> [N, out, H / stride, W / stride] of the channels of the condition's width."""
-        return self._conv_forward(x, self.used(cond)["weight"], None)
+        weight = self.used(cond)["weight"]
+        if x.device.type == "cpu" and self._meets_fault(weight):
+            return F.conv2d(x[:, :, :: self.stride[0], :: self.stride[1]], weight)
+        return self._conv_forward(x, weight, None)
+
+    def _meets_fault(self, weight: Tensor) -> bool:
+        """Whether oneDNN would write past its workspace in the backward of this convolution on a CPU.
+
+        So it does (torch 2.13; oneDNN issue 6035) with strides, a kernel of 1x1 and fewer input channels than it packs
+        together, 8 or 16. Without the pixels that a stride passes over, the convolution is the same and has no stride.
+        """
+        return self.kernel_size == (1, 1) and self.stride != (1, 1) and weight.shape[1] < _MOST_PACKED
 
     def used(self, cond: Condition | Frozen) -> dict[str, Tensor]:
         """See `_Layer`."""
@@ -91,9 +104,7 @@ class SlimmableConv2d(_Layer, nn.Conv2d):
         if width == 1:
             return self.weight
         num_in = self.in_channels if self.from_images else channels_at(self.in_channels, width)
-        part = self.weight[: channels_at(self.out_channels, width), :num_in]
-        # Dense: the backward of float32 convolutions on a CPU writes past the end of weights with gaps (torch 2.13).
-        return part.contiguous(memory_format=torch.channels_last)
+        return self.weight[: channels_at(self.out_channels, width), :num_in]
 
     def cut(self, width: float) -> "SlimmableConv2d":
         """See `_Layer`."""

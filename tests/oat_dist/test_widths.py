@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch import train
 from oat_dist.config import ConditioningConfig, Config, ModelConfig
@@ -106,6 +107,38 @@ def test_every_layer_of_a_width_has_its_share_of_the_channels_rounded():
     assert [block.conv2.weight.shape[:2] for block in narrow.blocks] == [(10, 10), (19, 19), (38, 38)]
     assert narrow.classifier.weight.shape == (10, 38)
     assert [channels_at(16, width) for width in (0.3, 0.28, 0.03125, 1.0)] == [5, 4, 1, 16]
+
+
+class _Strides(TorchDispatchMode):
+    """Kernel, stride and input channels of all convolutions, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {"convolution": [], "convolution_backward": []}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.seen:
+            weight, stride = (args[1], args[3]) if name == "convolution" else (args[2], args[4])
+            self.seen[name].append((weight.shape[2], stride[0], weight.shape[1]))
+        return func(*args, **kwargs or {})
+
+
+def test_narrow_shortcuts_do_not_meet_the_fault_of_onednn(name):
+    config = make(name, widths=(0.25, 1.0))
+    network, x = build(config, torch.float32), images(dtype=torch.float32)
+    expected = copy.deepcopy(network).double()
+    with _Strides() as strides:
+        network(x, network.condition(LAM, width=0.25)).square().sum().backward()
+    assert len(strides.seen["convolution"]) == len(strides.seen["convolution_backward"]) == len(network.layers) - 1
+    for seen in strides.seen.values():
+        assert not [of for of in seen if of[0] == 1 and of[1] > 1 and of[2] < 16]
+        assert len([of for of in seen if of[0] == 1]) == len([n for n in network.layers if "shortcut" in n])
+    expected(x.double(), expected.condition(LAM, width=0.25)).square().sum().backward()
+    for (n, p), q in zip(network.named_parameters(), expected.parameters(), strict=True):
+        if p.grad is not None:
+            scale = q.grad.abs().max().item()
+            torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-3, atol=1e-4 * scale, msg=n)
 
 
 def test_an_ordinary_network_has_the_names_it_had_and_a_slimmable_one_has_them_too():
