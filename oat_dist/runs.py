@@ -77,7 +77,7 @@ def note_resume(run: pathlib.Path, step: int, ranks: int) -> None:
 
 
 def save_model(network: ConditionalNetwork, data: PreparedData, path: pathlib.Path) -> None:
-    """Write a network as safetensors; channels and classes go into the header, so that it can be rebuilt.
+    """Write a network as safetensors; image shape and classes go into the header, so that it can be rebuilt.
 
     Args:
         network: Network to save.
@@ -87,6 +87,7 @@ def save_model(network: ConditionalNetwork, data: PreparedData, path: pathlib.Pa
     about = {
         "format": _FORMAT,
         "in_channels": data.image_shape[2],
+        "image_shape": data.image_shape,
         "classes": data.classes,
         "dataset": data.name,
     }
@@ -118,6 +119,26 @@ def load_run(run: str | pathlib.Path) -> tuple[Config, ConditionalNetwork]:
     network = build_model(config, in_channels=about["in_channels"], num_classes=len(about["classes"]))
     load_exactly(network, tensors, path)
     return config, network.eval()
+
+
+def require_same_images(run: str | pathlib.Path, data: PreparedData) -> None:
+    """Check that a data set has the images and classes that a run was trained on.
+
+    Args:
+        run: Folder of a finished run.
+        data: The data set.
+
+    Raises:
+        UserError: Another image size (where the run says its own), other channels, or another number of classes.
+    """
+    _, about = read_tensors(pathlib.Path(run) / "model.safetensors")
+    where = f"--run {run}: its network cannot be measured on {data.folder}"
+    if len(about["classes"]) != len(data.classes):
+        raise UserError(f"{where}: {len(data.classes)} classes there, {len(about['classes'])} in the network")
+    trained = tuple(about.get("image_shape", (*data.image_shape[:2], about["in_channels"])))
+    if trained != tuple(data.image_shape):
+        ours, theirs = ("x".join(map(str, shape)) for shape in (trained, data.image_shape))
+        raise UserError(f"{where}: images of {theirs} there, the network was trained on {ours}")
 
 
 def make_folder(folder: pathlib.Path) -> pathlib.Path:

@@ -3,6 +3,7 @@
 import gc
 import pathlib
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from oat_dist.data.sources import SOURCES
 from oat_dist.distributed import World
 from oat_dist.divergence import LossWatch, require_finite
 from oat_dist.engine import Engine
-from oat_dist.evaluation import EvaluationAttack
+from oat_dist.evaluation import EvaluationAttack, Plan
 from oat_dist.graphed import graph_replay
 from oat_dist.guard import Guard, guard_action, needs_validation, read_collapse
 from oat_dist.losses import attack_plan, robust_term
@@ -69,14 +70,13 @@ def train(config: Config, world: World, after_epoch: AfterEpoch | None = None) -
         report.measure(
             training.finish(),
             data,
-            EvaluationAttack.of(config),
-            cfg.lambdas,
+            Plan(lambdas=cfg.lambdas, attack=EvaluationAttack.of(config), seed=config.seed),
             config=config,
             split=cfg.split,
             batch_size=cfg.batch_size,
             world=world,
             stem=run / "frontier",
-            collapse=training.collapse,
+            more={"collapse": asdict(training.collapse)} if training.collapse else None,
         )
     finally:
         lock.release()

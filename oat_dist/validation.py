@@ -29,9 +29,7 @@ class Validator:
         self.config, self.world, self.path = config, world, run / "checkpoints/best.safetensors"
         self.frame = loose_frame(len(data.classes))
         self.attack = EvaluationAttack.of(config)
-        self.batches = evaluation_batches(
-            data, "val", config.data, cfg.batch_size, rank=world.rank, ranks=world.ranks, device=world.device
-        )
+        self.batches = evaluation_batches(data, "val", config.data, cfg.batch_size, device=world.device)
         self.best = float("-inf")
         if self.path.exists():
             self.best = read_tensors(self.path)[1]["score"]

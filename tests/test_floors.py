@@ -16,6 +16,7 @@ OWNERS = {
     "jsonargparse": "oat_dist/config_io.py",
     "ray": "tune/cluster.py",
     "optuna": "tune/tpe.py",
+    "pyautoattack": "oat_dist/evaluation/autoattack.py",
 }
 SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
 

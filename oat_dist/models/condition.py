@@ -116,9 +116,13 @@ class Frozen:
             weights=dict(zip(self.weights, rest[num_halves:], strict=True)),
         )
 
+    def for_rows(self, row_N: Tensor) -> "Frozen":
+        """The same network for other images, given the row of each among the distinct lambdas."""
+        return replace(self, row_N=row_N)
+
     def for_row(self, row: int, num_images: int) -> "Frozen":
         """The same network with one distinct lambda for all of `num_images` images."""
-        return replace(self, row_N=self.row_N.new_full((num_images,), row))
+        return self.for_rows(self.row_N.new_full((num_images,), row))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +131,16 @@ class FrozenDraws:
 
     draws: tuple[Frozen, ...]
     """One network per draw of the noise."""
+
+    def tensors(self) -> list[Tensor]:
+        """Everything in a fixed order."""
+        return [tensor for draw in self.draws for tensor in draw.tensors()]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "FrozenDraws":
+        """The same networks made of other tensors, in the order of `tensors`."""
+        count = len(tensors) // len(self.draws)
+        parts = [tensors[at * count : (at + 1) * count] for at in range(len(self.draws))]
+        return FrozenDraws(draws=tuple(draw.with_tensors(part) for draw, part in zip(self.draws, parts, strict=True)))
 
     def for_row(self, row: int, num_images: int) -> "FrozenDraws":
         """The same networks with one distinct lambda for all of `num_images` images."""

@@ -233,7 +233,7 @@ class ConditionalNetwork(LayerFactory):
 
     @torch.no_grad()
     def frozen_at(
-        self, lambdas: Sequence[float], *, width: float = 1.0, seed: int = 0
+        self, lambdas: Sequence[float], *, width: float = 1.0, seed: int = 0, dtype: torch.dtype | None = None
     ) -> list[tuple[Frozen | FrozenDraws, int]]:
         """The network as constants at each of some lambdas, for measurements.
 
@@ -241,18 +241,20 @@ class ConditionalNetwork(LayerFactory):
             lambdas: In [0, 1].
             width: Share of the channels.
             seed: Seed of the weight noise, of which there are `noise_draws` draws; the same for all lambdas and images.
+            dtype: As for `freeze`.
 
         Returns:
             (network, row): `network.for_row(row, num_images)` is it for some images at that lambda.
         """
         if not self.is_stochastic:
-            frozen = self.freeze(self.condition(torch.tensor(list(lambdas), dtype=torch.float64), width=width))
+            cond = self.condition(torch.tensor(list(lambdas), dtype=torch.float64), width=width)
+            frozen = self.freeze(cond, dtype=dtype)
             return [(frozen, row) for row in frozen.row_N.tolist()]
         found = []
         for lam in lambdas:
             keys = [draw_keys(seed, "noise of a measurement", at) for at in range(self.noise_draws if lam else 1)]
             lam_1 = torch.tensor([lam], dtype=torch.float64)
-            draws = (self.freeze(self.condition(lam_1, width=width, noise_key=key)) for key in keys)
+            draws = (self.freeze(self.condition(lam_1, width=width, noise_key=key), dtype=dtype) for key in keys)
             found.append((FrozenDraws(draws=tuple(draws)), 0))
         return found
 

@@ -100,3 +100,23 @@ def test_every_width_is_measured_with_what_it_costs(run, capsys):
     assert again["points"] == report["points"][3:] and again["widths"] == [narrow]
     with pytest.raises(UserError, match=r"--widths=0.7: was not trained"):
         evaluate.main(["--run", str(run), "--widths", "0.7"])
+    with pytest.raises(UserError, match=r"--widths=\(1.0, 0.5\): must be one, for which lambda is chosen"):
+        evaluate.main(["--run", str(run), "--widths", "0.5", "1", "--target-sa", "0"])
+
+
+def test_lambda_is_chosen_for_a_width_and_every_width_has_a_matrix_of_its_own(run, capsys):
+    evaluate.main(["--run", str(run), "--lambdas", "0", "1", "--widths", "0.5", "--target-sa", "0", "--steps", "1"])
+    report = json.loads(next(run.glob("eval/test*.json")).read_text())
+    assert {p["width"] for p in (*report["points"], *report["chosen"]["points"])} == {0.5}
+    evaluate.main(
+        ["--run", str(run), "--lambdas", "0", "1", "--steps", "1", "--attack-lambdas", "--random-lambda", "2"]
+    )
+    report = json.loads(next(run.glob("eval/test*-2.json")).read_text())
+    assert "matrix" not in report and {check["width"] for check in report["checks"]} == {0.5, 1.0}
+    for width in report["widths"]:
+        ra = [point["ra"] for point in report["points"] if point["width"] == width["width"]]
+        assert [width["matrix"]["ra"][at][at] for at in (0, 1)] == ra and "ra" in width["random_lambda"]
+    names = {path.name.partition("-2")[2] for path in run.glob("eval/test*-2*.safetensors")}
+    assert names == {".images.safetensors", ".width_0.5.images.safetensors"}
+    printed = capsys.readouterr().out
+    assert printed.count("attacked through (down), width") == 2 and printed.count("random") == 2

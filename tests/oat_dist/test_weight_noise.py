@@ -1,16 +1,27 @@
 """Weight noise (conditioning.kind=float): whose weights are noisy, how strongly, drawn when, averaged at test time."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from oat_dist import step as step_module
-from oat_dist.config import AttackConfig, ConditioningConfig, Config, EvaluationConfig, LossConfig, ModelConfig
+from oat_dist.config import (
+    AttackConfig,
+    ConditioningConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LossConfig,
+    ModelConfig,
+)
+from oat_dist.data import evaluation_batches
 from oat_dist.evaluation import EvaluationAttack, evaluate
 from oat_dist.models import build_model
 from oat_dist.random import draw_keys, normal
 from oat_dist.report import describe
+from oat_dist.robustbench import FixedLambda
 from oat_dist.step import training_losses
-from tests.oat_dist.test_evaluation import batches
 from tests.oat_dist.test_step import disturbed, make_batch
 
 CONDITIONING = ConditioningConfig(kind="float", film="none", lambdas=(0.0, 1.0))
@@ -138,12 +149,25 @@ def test_a_measurement_goes_through_the_mean_and_its_report_says_stochastic(digi
         for layer in network.layers.values():
             layer.alpha.fill_(0.5)
     attack = EvaluationAttack(eps=0.1, steps=2)
-    points = evaluate(network, batches(digits), (0.0, 0.5, 1.0), attack, seed=3)
-    assert points == evaluate(network, batches(digits, size=37), (0.0, 0.5, 1.0), attack, seed=3)
-    (batch,) = batches(digits)
-    draws = [(f, row) for f, row in network.frozen_at((0.5,), seed=3)]
-    logits = network.attack_logits(batch.image_NCHW, draws[0][0].for_row(0, 180))
+    reading = DataConfig(root=str(digits.folder.parent), loader="memory")
+    (batch,), several = (evaluation_batches(digits, "test", reading, size) for size in (180, 37))
+    points = evaluate(network, [batch], (0.0, 0.5, 1.0), attack, seed=3)
+    assert points == evaluate(network, several, (0.0, 0.5, 1.0), attack, seed=3)
+    ((frozen, row),) = network.frozen_at((0.5,), seed=3)
+    logits = network.attack_logits(batch.image_NCHW, frozen.for_row(row, 180))
     assert points[1]["sa"] == pytest.approx(float((logits.argmax(1) == batch.label_N).double().mean()))
     report = describe(config, digits, "test", attack, points)
     assert (report["stochastic"], report["noise_draws"]) == (True, 2)
     assert "stochastic" not in describe(Config(), digits, "test", attack, points)
+
+
+def test_the_module_for_other_programs_is_the_mean_over_the_draws_and_takes_a_width():
+    config = dataclasses.replace(make(draws=2), model=ModelConfig(widths=(0.5, 1.0)))
+    network, x = disturbed(config), make_batch(4).image_NCHW
+    expected = network.predict(x, 0.5, width=0.5)
+    module = FixedLambda(network, 0.5, width=0.5)
+    torch.testing.assert_close(module(x), expected, rtol=1e-12, atol=1e-12)
+    for at in range(len(list(module.buffers()))):
+        if hasattr(module, f"frozen_{at}"):
+            setattr(module, f"frozen_{at}", torch.zeros_like(module.get_buffer(f"frozen_{at}")))
+    assert not module(x).allclose(expected), "the buffers, which move to a device, are what answers"
