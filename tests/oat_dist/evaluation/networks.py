@@ -20,7 +20,7 @@ class Linear(ConditionalNetwork):
     def __init__(self, num_classes: int, seed: int = 0):
         super().__init__(ConditioningConfig(film="none", norm="single"), seed=0)
         self.norm = self._norm(1)
-        self.classifier = nn.Linear(SIDE * SIDE, num_classes)
+        self.classifier = self._linear(SIDE * SIDE, num_classes)
         gen = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             self.classifier.weight.copy_(torch.randn(num_classes, SIDE * SIDE, generator=gen))
