@@ -8,7 +8,7 @@ rank or micro-batch still weigh every image the same.
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from oat_dist.config import Config
 from oat_dist.distributed import World
 from oat_dist.models.condition import Condition
+from oat_dist.models.slimming import widths_per_step
 from oat_dist.optim import build_optimizer
 
 
@@ -33,7 +34,7 @@ def deepspeed_config(config: Config, ranks: int) -> dict:
     parts = ranks * config.engine.accumulation
     return {
         "train_micro_batch_size_per_gpu": -(-config.optim.batch_size // parts),
-        "gradient_accumulation_steps": config.engine.accumulation,
+        "gradient_accumulation_steps": config.engine.accumulation * widths_per_step(config.model),
         "gradient_clipping": config.optim.clip_norm,
         "zero_allow_untested_optimizer": True,
         # ZeRO-0 overlaps reduction with backward only when told to.
@@ -103,14 +104,20 @@ class Engine:
         """The training forward of the network, under DeepSpeed's autocast."""
         return self._engine(x, cond, **kwargs)
 
-    def backward_and_step(self, loss_N: Tensor, lr: float) -> None:
-        """Backward of one micro-batch; the optimiser moves after the last micro-batch of a step.
+    def backward_and_step(self, loss_N: Tensor, lr: float, idle: Sequence[nn.Parameter] = ()) -> None:
+        """Backward of one micro-batch at one width; the optimiser moves after the last ones of a step.
+
+        The gradients of all widths are summed, as those of slimmable networks are (Yu et al., ICLR 2019).
 
         Args:
             loss_N: Per-image losses of this rank's micro-batch.
             lr: Learning rate of the step.
+            idle: Parameters that the losses do not depend on. DeepSpeed reduces gradients from hooks on parameters, on
+                the last backward of a step alone under ZeRO 1, so that every parameter needs one in every backward.
         """
         loss = loss_N.sum() * (self.world.ranks / self.config.optim.batch_size)
+        if idle:
+            loss = _WithIdle.apply(loss, *idle)
         self._engine.backward(loss, scale_wrt_gas=False)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -167,6 +174,21 @@ class Engine:
         inner = self._optimizer.optimizer if self.config.engine.zero_stage else self._optimizer
         first = next(iter(inner.state.values()), {})  # sgd without momentum has none
         return {"step": first["step"]} if "step" in first else {}
+
+
+class _WithIdle(torch.autograd.Function):
+    """A loss, with gradients of zero to parameters that it does not depend on."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, *idle: Tensor) -> Tensor:
+        """The loss."""
+        ctx.idle = idle
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        """Its gradient, and zeros."""
+        return grad, *map(torch.zeros_like, ctx.idle)
 
 
 def _import_deepspeed():

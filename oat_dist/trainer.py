@@ -24,14 +24,15 @@ from oat_dist.graphed import graph_replay
 from oat_dist.guard import Guard, guard_action, needs_validation, read_collapse
 from oat_dist.losses import attack_plan, robust_term
 from oat_dist.metrics import MetricsWriter
-from oat_dist.models import build_model
+from oat_dist.models import build_model, model_channels
 from oat_dist.models.init_from import initialise_from
 from oat_dist.models.network import ConditionalNetwork
+from oat_dist.models.slimming import idle_parameters, widths_of_step
 from oat_dist.optim import AveragedNetwork, learning_rate
 from oat_dist.progress import progress_bar
 from oat_dist.resume import RunLock, open_run, rewind
 from oat_dist.step import training_losses
-from oat_dist.step_log import StepLog
+from oat_dist.step_log import WidthLogs
 from oat_dist.validation import Validator
 from oat_dist.weights import load_exactly
 
@@ -55,6 +56,7 @@ def train(config: Config, world: World, after_epoch: AfterEpoch | None = None) -
         NonFiniteError: A loss or a weight stopped being finite; on every rank.
     """
     robust_term(config)
+    model_channels(config.model)
     if config.engine.compile:
         require_compiler(world.device)
     data = world.on_main(lambda: open_data(config))
@@ -179,8 +181,12 @@ class Training:
         self.engine = Engine(self.network, config, world)
         self.averaged = AveragedNetwork(self.network, config.optim.ema_decay) if config.optim.ema_decay else None
         self.store = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep)
-        self.replay = graph_replay(config.engine.cuda_graph, world.device, name="attack")
-        self.log, self.watch = StepLog(world), LossWatch(world)
+        widths = config.model.widths
+        self.replay = graph_replay(
+            config.engine.cuda_graph, world.device, name="attack", most_shapes=8 * len(widths)
+        )  # fmt: skip
+        self.log, self.watch = WidthLogs(widths, world), LossWatch(world)
+        self.idle = {width: tuple(idle_parameters(self.network, width)) for width in widths}
         self.validator = Validator(config, data, world=world, run=run) if config.evaluation.interval_epochs else None
         self.collapse = world.on_main(lambda: read_collapse(run))
         is_guarded = self.collapse is None and guard_action(config) != "none"
@@ -252,16 +258,20 @@ class Training:
         return final
 
     def _take_step(self, sampler: LambdaSampler, micro_batches: list, epoch: int, at: int, lr: float) -> None:
-        """One optimiser step: condition, attack, forward, loss, backward for every micro-batch."""
+        """One optimiser step: condition, attack, forward, loss, backward for every micro-batch and width."""
         for batch in micro_batches:
-            lam_N = sampler.draw(epoch, at, batch.position_N, batch.index_N)
-            losses = training_losses(
-                self.network, batch, lam_N, config=self.config, epoch=epoch, forward=self.engine.forward,
-                plan=self.plan, replay=self.replay,
-            )  # fmt: skip
-            self.engine.backward_and_step(losses.loss_N, lr)
-            self.watch.add(self.step + 1, losses.loss_N, lam_N)
-            self.log.add(losses.counts, images=len(lam_N), clean=losses.num_clean, robust=int((lam_N > 0).sum()))
+            lam_N, teacher = sampler.draw(epoch, at, batch.position_N, batch.index_N), None
+            for width in widths_of_step(self.config.model, self.config.seed, self.step):
+                losses = training_losses(
+                    self.network, batch, lam_N, config=self.config, epoch=epoch, forward=self.engine.forward,
+                    plan=self.plan, replay=self.replay, step=at, width=width, teacher=teacher,
+                )  # fmt: skip
+                self.engine.backward_and_step(losses.loss_N, lr, self.idle[width])
+                self.watch.add(self.step + 1, losses.loss_N, lam_N)
+                numbers = {"images": len(lam_N), "clean": losses.num_clean, "robust": int((lam_N > 0).sum())}
+                self.log.add(width, losses.counts, **numbers)
+                if self.config.loss.distill_widths and width == 1:
+                    teacher = losses
         if self.averaged is not None:
             self.averaged.update(self.step)
         self.step += 1
@@ -319,5 +329,5 @@ class Training:
             load_exactly(self.averaged.network, checkpoint.tensors("averaged"), path)
         if self.guard is not None:
             self.guard.best = checkpoint.state.get("guard_best", self.guard.best)
-        if self.world.is_main:
-            self.log.restore(checkpoint.state["log"])
+        totals = checkpoint.state["log"]
+        self.log.restore(totals if self.world.is_main else dict.fromkeys(totals, 0.0))
