@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 
 import torch
-from torch import nn
 
 from oat_dist.config import ConditioningConfig, Config
 from oat_dist.data import Batch
