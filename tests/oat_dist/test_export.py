@@ -119,5 +119,5 @@ def test_lambda_is_chosen_for_a_width_and_every_width_has_a_matrix_of_its_own(ru
         assert [width["matrix"]["ra"][at][at] for at in (0, 1)] == ra and "ra" in width["random_lambda"]
     names = {path.name.partition("-2")[2] for path in run.glob("eval/test*-2*.safetensors")}
     assert names == {".images.safetensors", ".width_0.5.images.safetensors"}
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert printed.count("attacked through (down), width") == 2 and printed.count("random") == 2
