@@ -191,7 +191,7 @@ def measured_before(
     """Points of a run from its reports, or None where none was measured so.
 
     Args:
-        run: Folder of a finished run.
+        run: Folder of a finished run, or of an exported width.
         lambdas: Where on the curve.
         attack: The attack.
         data: The data set.
@@ -201,7 +201,8 @@ def measured_before(
     """
     wanted = {"dataset": data.name, "split": split, "attack": attack.to_dict()}
     wanted["num_examples"] = data.counts[split] if num_images is None else min(num_images, data.counts[split])
-    for path in (run / "frontier.json", *sorted(run.glob("eval/*.json"))):
+    # An exported width has no measurement of its own.
+    for path in (*run.glob("frontier.json"), *sorted(run.glob("eval/*.json"))):
         found = json.loads(path.read_text())
         points = {point["lam"]: point for point in of_width(found["points"], width)}
         if wanted.items() <= found.items() and set(lambdas) <= points.keys():

@@ -149,8 +149,8 @@ def test_a_measurement_goes_through_the_mean_and_its_report_says_stochastic(digi
         for layer in network.layers.values():
             layer.alpha.fill_(0.5)
     attack = EvaluationAttack(eps=0.1, steps=2)
-    reading = DataConfig(root=str(digits.folder.parent), loader="memory")
-    (batch,), several = (evaluation_batches(digits, "test", reading, size) for size in (180, 37))
+    reading, cpu = DataConfig(root=str(digits.folder.parent), loader="memory"), torch.device("cpu")
+    (batch,), several = (evaluation_batches(digits, "test", reading, size, device=cpu) for size in (180, 37))
     points = evaluate(network, [batch], (0.0, 0.5, 1.0), attack, seed=3)
     assert points == evaluate(network, several, (0.0, 0.5, 1.0), attack, seed=3)
     ((frozen, row),) = network.frozen_at((0.5,), seed=3)
