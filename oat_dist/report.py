@@ -137,10 +137,10 @@ def print_report(report: dict, paths: Sequence[pathlib.Path], console: Console |
         table.add_column("RA % worst lambda", justify="right")
     for point in report["points"]:
         keys = ("sa", "ra", *(("ra_worst",) if has_worst else ()))
-        table.add_row(f"{point['lam']:g}", *(_accuracy(point, key) for key in keys))
+        table.add_row(f"{point['lam']:g}", *(accuracy_text(point, key) for key in keys))
     if "random_lambda" in report:
         drawn = report["random_lambda"]
-        table.add_row("random", _accuracy(drawn, "sa"), _accuracy(drawn, "ra"), *[""] * has_worst)
+        table.add_row("random", accuracy_text(drawn, "sa"), accuracy_text(drawn, "ra"), *[""] * has_worst)
     console.print(table)
     for check in report.get("checks", []):
         if check["flagged"]:
@@ -152,7 +152,7 @@ def print_report(report: dict, paths: Sequence[pathlib.Path], console: Console |
         console.print(Collapse(**report["collapse"]).sentence, soft_wrap=True)
 
 
-def _accuracy(point: dict, key: str) -> str:
-    """Percent, with the interval where there is one."""
+def accuracy_text(point: dict, key: str) -> str:
+    """Percent, with the interval where there is one, as tables have it."""
     interval = point.get(f"{key}_ci")
     return f"{100 * point[key]:.1f}" + (f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "")
