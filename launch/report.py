@@ -1,7 +1,7 @@
 """Show finished runs on one page: curves, images at every lambda, training, origin. The page needs nothing but itself.
 
-    python launch/report.py runs/<run>                                    writes runs/<run>/report.html
-    python launch/report.py runs/<run> runs/<another> --out report.html   side by side
+python launch/report.py runs/<run>                                    writes runs/<run>/report.html
+python launch/report.py runs/<run> runs/<another> --out report.html   side by side
 """
 
 import pathlib

@@ -17,7 +17,9 @@ import time
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 _FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
           "--no-first-run", "--remote-debugging-pipe", "--force-color-profile=srgb")  # fmt: skip
-_WIRED = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
+_WIRED = (
+    "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
+)
 
 
 def find_browser() -> str | None:
@@ -70,7 +72,7 @@ class Browser:
         self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=str(page) if "://" in str(page) else page.resolve().as_uri())
         deadline = time.monotonic() + 30
-        while not self.run("document.documentElement.dataset.ready !== undefined"):
+        while not self.run("document.documentElement?.dataset.ready !== undefined"):
             assert time.monotonic() < deadline, f"the page is not ready: {self.events}"
             time.sleep(0.02)
 

@@ -24,11 +24,13 @@ function hitTarget(plot, x, y, point, run, go) {
   target.addEventListener("click", () => go(point.lam));
 }
 
-function follower(plot, run, r = 9) {
+function follower(plot, run, r = 9, flag = "") {
   const group = add(plot.root, "g", {class: `follow ${run.colour}`});
+  if (flag) add(group, "text", {class: "flag", x: r + 6, y: -r - 3}, flag);
   add(group, "circle", {class: "halo fill", r: r + 7});
   add(group, "circle", {class: "ring stroke", r});
-  return (x, y) => {
+  return (x, y, text = null) => {
+    if (text) group.firstChild.textContent = text;
     group.style.display = x === null ? "none" : "";
     if (x !== null) group.style.transform = `translate(${plot.toX(x)}px, ${plot.toY(y)}px)`;
   };
@@ -49,10 +51,11 @@ function makePlane(host, page, go) {
     drawLine(plot, run.points.map((p) => [percent(p.sa), percent(p.ra)]), run);
   }
   for (const run of page.runs) for (const p of run.points) hitTarget(plot, percent(p.sa), percent(p.ra), p, run, go);
-  const movers = page.runs.map((run) => follower(plot, run));
+  const movers = page.runs.map((run) => follower(plot, run, 9, "\u03bb"));
   return (lam) => page.runs.forEach((run, i) => {
     const p = run.at.get(lam);
-    movers[i](p ? percent(p.sa) : null, p ? percent(p.ra) : null);
+    if (p) movers[i](percent(p.sa), percent(p.ra), `\u03bb ${p.lam_text}`);
+    else movers[i](null, null);
   });
 }
 
@@ -126,19 +129,20 @@ function makeNow(host, run) {
   const card = add(host, "article", {class: "card run"});
   runHead(card, run);
   const missing = add(card, "p", {class: "note"}, "Not measured at this lambda.");
-  const body = add(card, "div");
-  const big = add(body, "div", {class: "big"});
-  const numbers = [["SA", "correct on clean images", "sa_text"], ["RA", `correct under attack (${run.attack})`, "ra_text"],
+  const body = add(card, "div", {class: "inside"});
+  const left = add(body, "div");
+  const big = add(left, "div", {class: "big"});
+  const numbers = [["SA", "correct on clean images", "sa_text"], ["RA", "correct under attack", "ra_text"],
     ["RA, worst lambda", "whichever lambda the attack goes through", "ra_worst_text"]]
     .filter(([, , key]) => run.points.some((p) => key in p))
     .map(([name, about, key]) => {
       const box = add(big, "div", {"data-key": key});
       add(box, "span", {}, `${name} %`);
-      const value = add(box, "b");
-      return [key, value, add(box, "span", {class: "interval"}), add(add(box, "div"), "span", {}, about)];
+      const value = add(box, "b"), interval = add(box, "span", {class: "interval"});
+      add(box, "span", {}, about);
+      return [key, value, interval];
     });
-  const inside = add(body, "div", {class: "inside"});
-  const movers = [makeClasses(inside, run), makeGallery(inside, run)];
+  const movers = [makeClasses(left, run), makeGallery(body, run)];
   return (lam) => {
     const p = run.at.get(lam);
     missing.hidden = Boolean(p);
@@ -160,7 +164,7 @@ function makeClasses(host, run) {
   add(table, "caption", {}, `Every class, percent: SA light, RA dark; n = ${found.num_examples}` +
     (found.again ? ", measured for this page (the run kept no outcome of every image)" : ""));
   const head = add(add(table, "thead"), "tr");
-  for (const [name, style] of [["class", ""], ["SA", "num"], ["RA", "num"], ["", "bars"]]) add(head, "th", {scope: "col", class: style}, name);
+  for (const [name, style] of [["class", "name"], ["SA", "num"], ["RA", "num"], ["", "bars"]]) add(head, "th", {scope: "col", class: style}, name);
   const body = add(table, "tbody");
   const rows = classes.map((name, k) => {
     const row = add(body, "tr");
@@ -179,7 +183,7 @@ function makeClasses(host, run) {
 function makeGallery(host, run) {
   const {gallery, classes} = run;
   const box = add(host, "div");
-  add(box, "p", {class: "note"}, `Test images, the first of every class in turn: clean, attacked (${run.attack}), and the difference, ${short(gallery.gain)} times as strong`);
+  add(box, "p", {class: "note"}, `Test images, the first of every class in turn: clean, attacked (${run.attack}), and their difference, ${Number(gallery.gain.toPrecision(3))} times as strong, around grey.`);
   const pictures = add(box, "div", {class: "pictures"});
   const cards = gallery.index.map((index, n) => {
     const card = add(pictures, "div", {class: "picture"});
@@ -200,7 +204,7 @@ function makeGallery(host, run) {
     const confidence = `${percent(said.confidence[at][n]).toFixed(0)}%`;
     spot.answer.textContent = classes[answer];
     spot.answer.className = isRight ? "right" : "wrong";
-    spot.more.textContent = `${spot.name}, ${confidence}`;
+    spot.more.textContent = `${spot.name} ${confidence}`;
     spot.canvas.setAttribute("aria-label", `image ${index} ${spot.name}: answer ${classes[answer]}, ${isRight ? "right" : "wrong"}, confidence ${confidence}`);
   };
   return (at) => cards.forEach(({index, clean, attacked, difference}, n) => {
@@ -274,11 +278,12 @@ function drawTraining(host, run) {
   host.replaceChildren();
   runHead(host, run);
   if (!run.training.length) add(host, "p", {class: "note"}, "No steps were logged.");
+  const panels = add(host, "div", {class: "panels"});
   for (const panel of run.training) {
-    const title = add(host, "p", {class: "note"}, panel.title);
-    const plot = add(host, "div", {class: "plot"});
+    const box = add(panels, "div"), title = add(box, "p", {class: "note"}, panel.title);
+    const plot = add(box, "div", {class: "plot"});
     const all = panel.series.flatMap((series) => series.points);
-    const draw = axes(plot, {height: 150, x: {domain: spread(all.map((p) => p[0]), 0)}, y: {domain: spread(all.map((p) => p[1]), .08), format: short},
+    const draw = axes(plot, {height: 170, x: {domain: spread(all.map((p) => p[0]), 0)}, y: {domain: spread(all.map((p) => p[1]), .08), format: short},
       label: `${run.label}: ${panel.title} over steps`});
     panel.series.forEach((series, i) => {
       add(draw.root, "path", {class: `curve stroke ${run.colour}`, d: path(series.points, draw), "stroke-dasharray": DASHES[i]});

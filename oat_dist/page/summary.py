@@ -46,7 +46,7 @@ def page_values(runs: Sequence[FinishedRun], *, device: torch.device, num_images
     labels = _labels(runs)
     return {
         "made": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
-        "title": labels[0] if len(runs) == 1 else f"{len(runs)} runs",
+        "title": ", ".join(labels) if len(runs) < 4 else f"{len(runs)} runs",
         "runs": [
             _run(run, label, device, num_images=num_images, num_bytes=BYTES // len(runs))
             for run, label in zip(runs, labels, strict=True)
@@ -121,12 +121,14 @@ def _matrix(report: dict) -> dict:
 def _notes(run: FinishedRun) -> list[str]:
     """What must be known of the numbers: a collapse in training, checks that were flagged."""
     notes = [Collapse(**run.frontier["collapse"]).sentence] if "collapse" in run.frontier else []
+    files = {}
     for path, report in run.reports.items():
         for check in report.get("checks", []):
             if check["flagged"]:
                 where = f" at lambda {', '.join(f'{lam:g}' for lam in check['lambdas'])}" if check["lambdas"] else ""
-                notes.append(f"{path.name}: {check['check']}{where}: {check['worst']:.3g} {check['detail']}")
-    return notes
+                text = f"flagged: {check['check']}{where}: {check['worst']:.3g} {check['detail']}"
+                files.setdefault(text, []).append(path.name)
+    return notes + [f"{text} ({', '.join(names)})" for text, names in files.items()]
 
 
 def _ratio(run: FinishedRun) -> str | None:
