@@ -18,11 +18,12 @@
   const go = (lam) => { slider.value = page.stops.indexOf(lam); move(); };
 
   const abouts = new Set(page.runs.map((run) => `${run.model} on ${run.dataset} ${run.split}, n = ${run.num_examples}; ${run.attack}`));
-  spot("about").textContent = [...abouts].join(" · ");
+  spot("about").textContent = (abouts.size > 1 ? "Not measured alike: " : "") + [...abouts].join(" · ");
   const hasIntervals = page.runs.some((run) => run.points.some((p) => "sa_ci" in p));
   spot("curves-note").textContent = (hasIntervals ? "Bars are 95% confidence intervals over images. " : "") +
     "Filled: SA, dashed and hollow: RA, in the right figure. Click a point to go to its lambda.";
-  for (const run of page.runs) for (const note of run.notes) add(spot("notes"), "p", {class: "card warn"}, `${run.label}: ${note}`);
+  for (const run of page.runs) for (const note of run.notes) add(spot("notes"), "p", {}, `${run.label}: ${note}`);
+  spot("notes").hidden = !page.runs.some((run) => run.notes.length);
   spot("made").textContent = `Made ${page.made}.`;
 
   // Ticks of the slider: as many labels as there is room for, both ends always.

@@ -5,12 +5,15 @@ const short = (value) => String(Number(value.toPrecision(4)));
 
 // ---- curves
 
-function errorBars(plot, points, xOf, yOf, colour) {
-  for (const p of points) {
-    const x = xOf(p), y = yOf(p);
-    if (x.ci) add(plot.root, "line", {class: `bar-line stroke ${colour}`, x1: plot.toX(percent(x.ci[0])), x2: plot.toX(percent(x.ci[1])), y1: plot.toY(y.at), y2: plot.toY(y.at)});
-    if (y.ci) add(plot.root, "line", {class: `bar-line stroke ${colour}`, x1: plot.toX(x.at), x2: plot.toX(x.at), y1: plot.toY(percent(y.ci[0])), y2: plot.toY(percent(y.ci[1]))});
-  }
+function bar(parent, colour, x1, y1, x2, y2) {
+  return add(parent, "line", {class: `bar-line stroke ${colour}`, x1, y1, x2, y2});
+}
+
+// Confidence intervals of one point in the plane: along SA and along RA.
+function planeBars(parent, plot, p, colour) {
+  const x = plot.toX(percent(p.sa)), y = plot.toY(percent(p.ra)), ends = (ci, scale) => ci.map((v) => scale(percent(v)));
+  if (p.sa_ci) { const [low, high] = ends(p.sa_ci, plot.toX); bar(parent, colour, low, y, high, y); }
+  if (p.ra_ci) { const [low, high] = ends(p.ra_ci, plot.toY); bar(parent, colour, x, low, x, high); }
 }
 
 function drawLine(plot, pairs, run, {hollow = false, dash = run.dash} = {}) {
@@ -47,29 +50,37 @@ function makePlane(host, page, go) {
   add(plot.root, "text", {class: "title", x: 12, y: plot.top + 4, "text-anchor": "middle"}, "RA");
   for (const dedicated of page.dedicated) drawDedicated(plot, dedicated);
   for (const run of page.runs) {
-    errorBars(plot, run.points, (p) => ({at: percent(p.sa), ci: p.sa_ci}), (p) => ({at: percent(p.ra), ci: p.ra_ci}), run.colour);
+    for (const p of run.points) planeBars(plot.root, plot, p, run.colour);
     drawLine(plot, run.points.map((p) => [percent(p.sa), percent(p.ra)]), run);
   }
   for (const run of page.runs) for (const p of run.points) hitTarget(plot, percent(p.sa), percent(p.ra), p, run, go);
+  const strong = add(plot.root, "g", {class: "strong"});
   const movers = page.runs.map((run) => follower(plot, run, 9, "\u03bb"));
-  return (lam) => page.runs.forEach((run, i) => {
-    const p = run.at.get(lam);
-    if (p) movers[i](percent(p.sa), percent(p.ra), `\u03bb ${p.lam_text}`);
-    else movers[i](null, null);
-  });
+  return (lam) => {
+    strong.replaceChildren();
+    page.runs.forEach((run, i) => {
+      const p = run.at.get(lam);
+      if (p) planeBars(strong, plot, p, run.colour);
+      movers[i](p ? percent(p.sa) : null, p ? percent(p.ra) : null, p && `\u03bb ${p.lam_text}`);
+    });
+  };
 }
 
 function drawDedicated(plot, {points, front}) {
-  errorBars(plot, points, (p) => ({at: percent(p.sa), ci: p.sa_ci}), (p) => ({at: percent(p.ra), ci: p.ra_ci}), "ink");
+  for (const p of points) planeBars(plot.root, plot, p, "ink");
   const steps = front.map((p) => [percent(p.sa), percent(p.ra)]);
   // To the axes, so that a front of one point is seen too.
   const corners = [[plot.x.domain[0], steps[0][1]]];
   steps.forEach(([sa, ra], i) => corners.push(...(i ? [[steps[i - 1][0], ra]] : []), [sa, ra]));
   corners.push([steps[steps.length - 1][0], plot.y.domain[0]]);
   add(plot.root, "path", {class: "front", d: path(corners, plot)});
+  const taken = [];
   for (const p of points) {
-    drawMark(plot.root, "diamond", plot.toX(percent(p.sa)), plot.toY(percent(p.ra)), 5, "hollow ink");
-    add(plot.root, "text", {x: plot.toX(percent(p.sa)) + 9, y: plot.toY(percent(p.ra)) - 6}, p.lam_text);
+    const x = plot.toX(percent(p.sa)), y = plot.toY(percent(p.ra));
+    drawMark(plot.root, "diamond", x, y, 5, "hollow ink");
+    if (taken.some(([tx, ty]) => Math.abs(tx - x) < 24 && Math.abs(ty - y) < 13)) continue;
+    taken.push([x, y]);
+    add(plot.root, "text", {x: x - 9, y: y + 15, "text-anchor": "end"}, p.lam_text);
   }
 }
 
@@ -81,7 +92,9 @@ function makeOver(host, page, go) {
   const rule = add(plot.root, "line", {class: "axis follow", y1: plot.top, y2: plot.height - plot.bottom, "stroke-dasharray": "3 3"});
   const movers = [];
   for (const key of ["sa", "ra"]) for (const run of page.runs) {
-    errorBars(plot, run.points, (p) => ({at: p.lam}), (p) => ({at: percent(p[key]), ci: p[`${key}_ci`]}), run.colour);
+    for (const {lam, [`${key}_ci`]: ci} of run.points) {
+      if (ci) bar(plot.root, run.colour, plot.toX(lam), plot.toY(percent(ci[0])), plot.toX(lam), plot.toY(percent(ci[1])));
+    }
     drawLine(plot, run.points.map((p) => [p.lam, percent(p[key])]), run, {hollow: key === "ra", dash: key === "ra" ? "6 4" : ""});
     movers.push([run, key, follower(plot, run, 8)]);
   }
@@ -279,21 +292,29 @@ function drawTraining(host, run) {
   runHead(host, run);
   if (!run.training.length) add(host, "p", {class: "note"}, "No steps were logged.");
   const panels = add(host, "div", {class: "panels"});
-  for (const panel of run.training) {
+  // All places first: how wide one is depends on how many there are.
+  const places = run.training.map((panel) => {
     const box = add(panels, "div"), title = add(box, "p", {class: "note"}, panel.title);
-    const plot = add(box, "div", {class: "plot"});
-    const all = panel.series.flatMap((series) => series.points);
-    const draw = axes(plot, {height: 170, x: {domain: spread(all.map((p) => p[0]), 0)}, y: {domain: spread(all.map((p) => p[1]), .08), format: short},
-      label: `${run.label}: ${panel.title} over steps`});
     panel.series.forEach((series, i) => {
-      add(draw.root, "path", {class: `curve stroke ${run.colour}`, d: path(series.points, draw), "stroke-dasharray": DASHES[i]});
       if (panel.series.length === 1) return;
       const key = add(title, "span");
       key.append("  ");
       swatch(key, {colour: run.colour, dash: DASHES[i]});
       key.append(` ${series.name}`);
     });
-  }
+    return add(box, "div", {class: "plot"});
+  });
+  run.training.forEach((panel, at) => {
+    const all = panel.series.flatMap((series) => series.points);
+    const plot = axes(places[at], {
+      height: 170, label: `${run.label}: ${panel.title} over steps`,
+      x: {domain: spread(all.map((p) => p[0]), 0)}, y: {domain: spread(all.map((p) => p[1]), .08), format: short},
+    });
+    panel.series.forEach((series, i) => {
+      const attributes = {class: `curve stroke ${run.colour}`, d: path(series.points, plot), "stroke-dasharray": DASHES[i]};
+      add(plot.root, "path", attributes);
+    });
+  });
 }
 
 function makeTable(host, page) {

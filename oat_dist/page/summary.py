@@ -121,14 +121,17 @@ def _matrix(report: dict) -> dict:
 def _notes(run: FinishedRun) -> list[str]:
     """What must be known of the numbers: a collapse in training, checks that were flagged."""
     notes = [Collapse(**run.frontier["collapse"]).sentence] if "collapse" in run.frontier else []
-    files = {}
+    flagged: dict[tuple, list[tuple]] = {}
     for path, report in run.reports.items():
         for check in report.get("checks", []):
             if check["flagged"]:
-                where = f" at lambda {', '.join(f'{lam:g}' for lam in check['lambdas'])}" if check["lambdas"] else ""
-                text = f"flagged: {check['check']}{where}: {check['worst']:.3g} {check['detail']}"
-                files.setdefault(text, []).append(path.name)
-    return notes + [f"{text} ({', '.join(names)})" for text, names in files.items()]
+                flagged.setdefault((check["check"], check["detail"]), []).append((check, path.name))
+    for (name, detail), found in flagged.items():
+        lambdas = sorted({lam for check, _ in found for lam in check["lambdas"]})
+        where = f" at lambda {', '.join(f'{lam:g}' for lam in lambdas)}" if lambdas else ""
+        worst, files = max(check["worst"] for check, _ in found), ", ".join(file for _, file in found)
+        notes.append(f"flagged: {name}{where}: {worst:.3g} {detail} ({files})")
+    return notes
 
 
 def _ratio(run: FinishedRun) -> str | None:
