@@ -27,15 +27,27 @@ function hitTarget(plot, x, y, point, run, go) {
   target.addEventListener("click", () => go(point.lam));
 }
 
-function follower(plot, run, r = 9, flag = "") {
+// Moves an element smoothly, but puts it where it first belongs at once.
+function glide(element) {
+  let isPlaced = false;
+  return (x, y) => {
+    element.style.transform = `translate(${x}px, ${y}px)`;
+    if (!isPlaced && getComputedStyle(element).transform) element.classList.add("glide");
+    isPlaced = true;
+  };
+}
+
+// A ring around the chosen point of a run; its position is in percent, null where there is none.
+function follower(plot, run, r = 9, flag = false) {
   const group = add(plot.root, "g", {class: `follow ${run.colour}`});
-  if (flag) add(group, "text", {class: "flag", x: r + 6, y: -r - 3}, flag);
+  const text = flag && add(group, "text", {class: "flag", x: r + 6, y: -r - 3});
   add(group, "circle", {class: "halo fill", r: r + 7});
   add(group, "circle", {class: "ring stroke", r});
-  return (x, y, text = null) => {
-    if (text) group.firstChild.textContent = text;
+  const place = glide(group);
+  return (x, y, lam = "") => {
+    if (text) text.textContent = lam;
     group.style.display = x === null ? "none" : "";
-    if (x !== null) group.style.transform = `translate(${plot.toX(x)}px, ${plot.toY(y)}px)`;
+    if (x !== null) place(plot.toX(x), plot.toY(y));
   };
 }
 
@@ -55,7 +67,7 @@ function makePlane(host, page, go) {
   }
   for (const run of page.runs) for (const p of run.points) hitTarget(plot, percent(p.sa), percent(p.ra), p, run, go);
   const strong = add(plot.root, "g", {class: "strong"});
-  const movers = page.runs.map((run) => follower(plot, run, 9, "\u03bb"));
+  const movers = page.runs.map((run) => follower(plot, run, 9, true));
   return (lam) => {
     strong.replaceChildren();
     page.runs.forEach((run, i) => {
@@ -80,7 +92,8 @@ function drawDedicated(plot, {points, front}) {
     drawMark(plot.root, "diamond", x, y, 5, "hollow ink");
     if (taken.some(([tx, ty]) => Math.abs(tx - x) < 24 && Math.abs(ty - y) < 13)) continue;
     taken.push([x, y]);
-    add(plot.root, "text", {x: x - 9, y: y + 15, "text-anchor": "end"}, p.lam_text);
+    const below = y + 15 > plot.height - plot.bottom ? -8 : 15;
+    add(plot.root, "text", {x: x - 9, y: y + below, "text-anchor": "end"}, p.lam_text);
   }
 }
 
@@ -89,8 +102,8 @@ function makeOver(host, page, go) {
   const domain = lambdas.length > 1 ? [lambdas[0], lambdas[lambdas.length - 1]] : spread(lambdas, 0);
   const plot = axes(host, {height: 380, x: {domain: spread(domain, .02), ticks: niceTicks(...domain, 5), title: "lambda", format: short},
     y: {domain: spread(values, .06, [0, 100]), format: short}, right: 34, label: "SA and RA over lambda; the table below has every number"});
-  const rule = add(plot.root, "line", {class: "axis follow", y1: plot.top, y2: plot.height - plot.bottom, "stroke-dasharray": "3 3"});
-  const movers = [];
+  const rule = add(plot.root, "line", {class: "axis", y1: plot.top, y2: plot.height - plot.bottom, "stroke-dasharray": "3 3"});
+  const movers = [], slide = glide(rule);
   for (const key of ["sa", "ra"]) for (const run of page.runs) {
     for (const {lam, [`${key}_ci`]: ci} of run.points) {
       if (ci) bar(plot.root, run.colour, plot.toX(lam), plot.toY(percent(ci[0])), plot.toX(lam), plot.toY(percent(ci[1])));
@@ -104,7 +117,7 @@ function makeOver(host, page, go) {
     add(plot.root, "text", {class: "name", x: plot.toX(last.lam) + 10, y: plot.toY(percent(last[key])) + 4}, key.toUpperCase());
   }
   return (lam) => {
-    rule.style.transform = `translate(${plot.toX(lam)}px, 0)`;
+    slide(plot.toX(lam), 0);
     for (const [run, key, move] of movers) {
       const p = run.at.get(lam);
       move(p ? lam : null, p ? percent(p[key]) : null);

@@ -27,6 +27,8 @@ _PANELS = {
     "Validation": {"val_frontier_score": "frontier score", "guard_ra": "RA of the guard"},
     "Learning rate": {"lr": "learning rate"},
 }
+_MOST_NAMED = 6
+"""Lambdas that a note names one by one."""
 _MOST_STEPS = 400
 """Points of a training curve; of longer ones evenly spread steps are shown."""
 
@@ -129,6 +131,8 @@ def _notes(run: FinishedRun) -> list[str]:
     for (name, detail), found in flagged.items():
         lambdas = sorted({lam for check, _ in found for lam in check["lambdas"]})
         where = f" at lambda {', '.join(f'{lam:g}' for lam in lambdas)}" if lambdas else ""
+        if len(lambdas) > _MOST_NAMED:
+            where = f" at {len(lambdas)} lambdas from {lambdas[0]:g} to {lambdas[-1]:g}"
         worst, files = max(check["worst"] for check, _ in found), ", ".join(file for _, file in found)
         notes.append(f"flagged: {name}{where}: {worst:.3g} {detail} ({files})")
     return notes
