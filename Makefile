@@ -15,6 +15,7 @@ train: setup
 	deepspeed launch/train.py --config $(CONFIG) $(ARGS)
 
 test: setup
+	@sh tests/browser.sh
 	python -m pytest $(ARGS)
 
 lint: setup

@@ -2,7 +2,7 @@
 
 <output_dir>/<time>_<name>_<fingerprint>/
 config.yaml  deepspeed.json  provenance.json  metrics.jsonl  timings.jsonl  tensorboard/
-model.safetensors  frontier.json  frontier.png  frontier.svg  eval/*.json
+model.safetensors  frontier.json  frontier.png  frontier.svg  eval/*.json  report.html
 checkpoints/ (see checkpoint.py)  guard.json (after a collapse, see guard.py)
 """
 
