@@ -16,6 +16,7 @@ train: setup
 
 test: setup
 	@sh launch/setup_cluster.sh
+	@sh tests/browser.sh
 	python -m pytest $(ARGS)
 
 # Twenty kills at random steps; `test` has four.

@@ -1,24 +1,22 @@
 """The configuration of a run: all sections, the checks between them, and what names a run.
 
 Standard library only, nothing is read and no device is touched. `config_io.py` fills the tree from YAML and the command
-line; the settings themselves are in `settings.py` and `running_settings.py`.
+line; the settings themselves are in `settings.py`, `network_settings.py` and `running_settings.py`.
 """
 
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from oat_dist.errors import require
+from oat_dist.network_settings import PAPER_LAMBDAS, ConditioningConfig, ModelConfig
 from oat_dist.running_settings import CheckpointConfig, EngineConfig, LoggingConfig
 from oat_dist.settings import (
-    PAPER_LAMBDAS,
     AttackConfig,
-    ConditioningConfig,
     DataConfig,
     EvaluationConfig,
     LossConfig,
-    ModelConfig,
     OptimConfig,
     default_step_size,
 )
@@ -39,6 +37,7 @@ __all__ = [
     "computed_settings",
     "default_step_size",
     "fingerprint",
+    "of_one_width",
     "to_dict",
 ]
 
@@ -81,6 +80,11 @@ class Config:
         require(0 <= self.seed < 2**31, "seed", self.seed, "must lie in [0, 2^31)")
         expected = f"must be at least engine.accumulation={self.engine.accumulation}"
         require(self.optim.batch_size >= self.engine.accumulation, "optim.batch_size", self.optim.batch_size, expected)
+        ok = not self.loss.distill_widths or len(self.model.widths) > 1
+        require(ok, "loss.distill_widths", self.loss.distill_widths, "needs several model.widths")
+        expected = "needs conditioning.kind=float; nothing else draws noise"
+        ok = self.evaluation.noise_draws is None or self.conditioning.kind == "float"
+        require(ok, "evaluation.noise_draws", self.evaluation.noise_draws, expected)
         expected = f"must leave data.dataset at least one of the optim.batch_size={self.optim.batch_size} images"
         require(self.num_extra < self.optim.batch_size, "data.extra_share", self.data.extra_share, expected)
 
@@ -104,6 +108,12 @@ class Config:
 def to_dict(config: Config) -> dict:
     """The configuration as nested plain dictionaries and lists, as YAML and JSON hold it."""
     return json.loads(json.dumps(asdict(config)))
+
+
+def of_one_width(config: Config) -> Config:
+    """A configuration without the widths below 1, and what only they have."""
+    model = replace(config.model, widths=(1.0,), width_rule="all", width_heads=False)
+    return replace(config, model=model, loss=replace(config.loss, distill_widths=False))
 
 
 def computed_settings(config: Config) -> dict[str, object]:

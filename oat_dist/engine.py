@@ -8,7 +8,7 @@ rank or micro-batch still weigh every image the same.
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from oat_dist.bad_steps import gradient_norm
 from oat_dist.config import Config
 from oat_dist.distributed import World
 from oat_dist.models.condition import Condition
+from oat_dist.models.slimming import widths_per_step
 from oat_dist.optim import build_optimizer
 
 _COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor",
@@ -40,7 +41,7 @@ def deepspeed_config(config: Config, ranks: int) -> dict:
     overlaps = torch.cuda.is_available() if cfg.overlap_comm is None else cfg.overlap_comm
     return {
         "train_micro_batch_size_per_gpu": -(-config.optim.batch_size // parts),
-        "gradient_accumulation_steps": config.engine.accumulation,
+        "gradient_accumulation_steps": config.engine.accumulation * widths_per_step(config.model),
         "gradient_clipping": config.optim.clip_norm,
         "zero_allow_untested_optimizer": True,
         # ZeRO-0 overlaps reduction with backward only when told to.
@@ -120,19 +121,25 @@ class Engine:
         """The training forward of the network, under DeepSpeed's autocast."""
         return self._engine(x, cond, **kwargs)
 
-    def backward_and_step(self, loss_N: Tensor, lr: float) -> Tensor | None:
-        """Backward of one micro-batch; the optimiser moves after the last micro-batch of a step.
+    def backward_and_step(self, loss_N: Tensor, lr: float, idle: Sequence[nn.Parameter] = ()) -> Tensor | None:
+        """Backward of one micro-batch at one width; the optimiser moves after the last ones of a step.
+
+        The gradients of all widths are summed, as those of slimmable networks are (Yu et al., ICLR 2019).
 
         Args:
             loss_N: Per-image losses of this rank's micro-batch.
             lr: Learning rate of the step.
+            idle: Parameters that the losses do not depend on. DeepSpeed reduces gradients from hooks on parameters, on
+                the last backward of a step alone under ZeRO 1, so that every parameter needs one in every backward.
 
         Returns:
-            After the last micro-batch the norm of the step's gradient, equal on all ranks, before clipping with ZeRO 1
-            and 2 and after it without; else None. Where it is not finite, the optimiser has not moved with ZeRO 1 and
-            2, and without ZeRO if `engine.max_bad_steps` says so.
+            After the last of a step the norm of its gradient, equal on all ranks, before clipping with ZeRO 1 and 2 and
+            after it without; else None. Where it is not finite, the optimiser has not moved with ZeRO 1 and 2, and
+            without ZeRO if `engine.max_bad_steps` says so.
         """
         loss = loss_N.sum() * (self.world.ranks / self.config.optim.batch_size)
+        if idle:
+            loss = _WithIdle.apply(loss, *idle)
         self._engine.backward(loss, scale_wrt_gas=False)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -237,6 +244,21 @@ class Engine:
         inner = self._optimizer.optimizer if self.config.engine.zero_stage else self._optimizer
         first = next(iter(inner.state.values()), {})  # sgd without momentum has none
         return {"step": first["step"]} if "step" in first else {}
+
+
+class _WithIdle(torch.autograd.Function):
+    """A loss, with gradients of zero to parameters that it does not depend on."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, *idle: Tensor) -> Tensor:
+        """The loss."""
+        ctx.idle = idle
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        """Its gradient, and zeros."""
+        return grad, *map(torch.zeros_like, ctx.idle)
 
 
 def _import_deepspeed():

@@ -10,7 +10,8 @@ import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
-from oat_dist.boards import Board
+from oat_dist.boards import Board, open_boards
+from oat_dist.config import Config
 from oat_dist.weights import whole_file
 
 
@@ -27,6 +28,17 @@ def keep_metrics_until(run: pathlib.Path, step: int) -> None:
             whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             with whole_file(path) as temporary:
                 temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+
+
+def open_metrics(config: Config, run: pathlib.Path, *, is_main: bool) -> "MetricsWriter":
+    """The metrics of a run with the boards it asks for; on other ranks than the main one, of nothing.
+
+    Args:
+        config: Configuration of the run.
+        run: Its folder.
+        is_main: Whether this rank writes.
+    """
+    return MetricsWriter(run, open_boards(config, run)) if is_main else MetricsWriter(None)
 
 
 class MetricsWriter:

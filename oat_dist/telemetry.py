@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from oat_dist.config import ConditioningConfig
+from oat_dist.config import Config
 from oat_dist.distributed import World
 from oat_dist.interval_line import PHASES, interval_line
 from oat_dist.lambda_log import LambdaLog
 from oat_dist.metrics import MetricsWriter
 from oat_dist.step import StepLosses
-from oat_dist.step_log import StepLog
+from oat_dist.step_log import WidthLogs
 from oat_dist.stopwatch import Stopwatch, peak_memory_mib
 
 _MIB = 2**20
@@ -19,29 +19,32 @@ _MIB = 2**20
 class Telemetry:
     """Takes note of every step; nothing waits for the device until `report`."""
 
-    def __init__(self, world: World, cfg: ConditioningConfig) -> None:
+    def __init__(self, world: World, config: Config) -> None:
         """Nothing noted yet.
 
         Args:
             world: The ranks.
-            cfg: How lambda is drawn.
+            config: Of the run; it says how lambda is drawn, and at which widths.
         """
         self.world, self.clock = world, Stopwatch(world.device)
-        self._log, self._by_lambda = StepLog(world), LambdaLog(world, cfg)
+        self._log = WidthLogs(config.model.widths, world)
+        self._by_lambda = LambdaLog(world, config.conditioning)
         self._grad_norm: Tensor | None = None
         self._sent_bytes, self._steps = 0.0, 0
         self.clock.start()
 
-    def add(self, losses: StepLosses, lam_N: Tensor) -> None:
-        """Take note of a micro-batch.
+    def add(self, width: float, losses: StepLosses, lam_N: Tensor) -> None:
+        """Take note of a micro-batch at a width; by lambda the whole network counts alone.
 
         Args:
+            width: Share of the channels.
             losses: Its losses and counts.
             lam_N: [N] float64 on the host.
         """
         robust = int((lam_N.numpy() > 0).sum())
-        self._log.add(losses.counts, images=len(lam_N), clean=losses.num_clean, robust=robust)
-        self._by_lambda.add(losses, lam_N)
+        self._log.add(width, losses.counts, images=len(lam_N), clean=losses.num_clean, robust=robust)
+        if width == 1:
+            self._by_lambda.add(losses, lam_N)
 
     def end_step(self, grad_norm: Tensor) -> None:
         """Take note of the end of a step.
@@ -99,6 +102,8 @@ class Telemetry:
         return {"sums": self._log.collapse(), "by_lambda": self._by_lambda.collapse()}
 
     def restore(self, noted: dict) -> None:
-        """Go on, on the main rank, from what `collapse` gave."""
-        self._log.restore(noted["sums"])
-        self._by_lambda.restore(noted["by_lambda"])
+        """Go on from what `collapse` gave, which the main rank alone counts; every rank must call."""
+        sums = noted["sums"]
+        self._log.restore(sums if self.world.is_main else dict.fromkeys(sums, 0.0))
+        if self.world.is_main:
+            self._by_lambda.restore(noted["by_lambda"])

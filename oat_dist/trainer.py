@@ -12,7 +12,7 @@ from torch import Tensor
 from oat_dist import data as data_sets
 from oat_dist import report, runs
 from oat_dist.bad_steps import StepHealth
-from oat_dist.boards import open_boards, require_boards
+from oat_dist.boards import require_boards
 from oat_dist.checkpoint import Checkpoint, CheckpointStore
 from oat_dist.compilation import require_compiler
 from oat_dist.conditioning import LambdaSampler
@@ -29,10 +29,11 @@ from oat_dist.guard import Guard, guard_action, needs_validation, read_collapse
 from oat_dist.hang import HangWatch
 from oat_dist.interruption import StopSignals, stop_signals
 from oat_dist.losses import attack_plan, robust_term
-from oat_dist.metrics import MetricsWriter
-from oat_dist.models import build_model
+from oat_dist.metrics import MetricsWriter, open_metrics
+from oat_dist.models import build_model, model_channels
 from oat_dist.models.init_from import initialise_from
 from oat_dist.models.network import ConditionalNetwork
+from oat_dist.models.slimming import idle_parameters, widths_of_step
 from oat_dist.optim import AveragedNetwork, learning_rate
 from oat_dist.profiling import profiled_steps
 from oat_dist.progress import progress_bar
@@ -69,6 +70,7 @@ def train(config: Config, world: World, after_epoch: AfterEpoch | None = None) -
 def _train(config: Config, world: World, signals: StopSignals, after_epoch: AfterEpoch | None) -> pathlib.Path:
     robust_term(config)
     require_boards(config)
+    model_channels(config.model)
     if config.engine.compile:
         require_compiler(world.device)
     data, extra = world.on_main(lambda: open_all_data(config))
@@ -196,8 +198,10 @@ class Training:
         self.engine = Engine(self.network, config, world)
         self.averaged = AveragedNetwork(self.network, config.optim.ema_decay) if config.optim.ema_decay else None
         self.store = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep)
-        self.replay = graph_replay(config.engine.cuda_graph, world.device, name="attack")
-        self.log = Telemetry(world, config.conditioning)
+        widths = config.model.widths
+        self.replay = graph_replay(config.engine.cuda_graph, world.device, name="attack", most_shapes=8 * len(widths))
+        self.idle = {width: tuple(idle_parameters(self.network, width)) for width in widths}
+        self.log = Telemetry(world, config)
         self.health = StepHealth(world, run, self.network, max_bad_steps=config.engine.max_bad_steps)
         self.hang = HangWatch(world, config.engine.hang_timeout_s)
         self.validator = Validator(config, data, world=world, run=run) if config.evaluation.interval_epochs else None
@@ -234,7 +238,7 @@ class Training:
         )
         total = config.optim.epochs * loader.steps_per_epoch
         with (
-            self._metrics() as metrics,
+            open_metrics(config, self.run, is_main=world.is_main) as metrics,
             progress_bar("training", total, is_main=world.is_main, done=self.step) as advance,
             self.signals.deferred(),
             self.hang,
@@ -270,10 +274,6 @@ class Training:
         self.store.wait()
         return True
 
-    def _metrics(self) -> MetricsWriter:
-        is_main = self.world.is_main
-        return MetricsWriter(self.run if is_main else None, open_boards(self.config, self.run) if is_main else ())
-
     def finish(self) -> torch.nn.Module:
         """Write model.safetensors - the best network by validation score, or the last - and return it."""
         final = self.best_so_far
@@ -287,26 +287,30 @@ class Training:
         return final
 
     def _take_step(self, sampler: LambdaSampler, micro_batches: list, epoch: int, at: int, lr: float) -> None:
-        """One optimiser step: condition, attack, forward, loss, backward for every micro-batch."""
+        """One optimiser step: condition, attack, forward, loss, backward for every micro-batch and width."""
         self.health.begin()
         self.log.clock.mark("data")
         step, done, grad_norm = self.step + 1, [], None
         for batch in micro_batches:
-            self.hang.note(f"attack or forward of step {step}")
-            lam_N = sampler.draw(epoch, at, batch.position_N, batch.index_N)
-            losses = training_losses(
-                self.network, batch, lam_N, config=self.config, epoch=epoch, forward=self.engine.forward,
-                plan=self.plan, replay=self.replay, on_attacked=lambda: self.log.clock.mark("attack"),
-            )  # fmt: skip
-            self.hang.note(f"backward or update of step {step}")
-            grad_norm = self.engine.backward_and_step(losses.loss_N, lr)
-            self.health.add(step, epoch, batch.index_N, lam_N, losses.loss_N)
-            done.append((losses, lam_N))
-            self.log.clock.mark("train")
+            lam_N, teacher = sampler.draw(epoch, at, batch.position_N, batch.index_N), None
+            for width in widths_of_step(self.config.model, self.config.seed, self.step):
+                self.hang.note(f"attack or forward of step {step}")
+                losses = training_losses(
+                    self.network, batch, lam_N, config=self.config, epoch=epoch, forward=self.engine.forward,
+                    plan=self.plan, replay=self.replay, step=at, width=width, teacher=teacher,
+                    on_attacked=lambda: self.log.clock.mark("attack"),
+                )  # fmt: skip
+                self.hang.note(f"backward or update of step {step}")
+                grad_norm = self.engine.backward_and_step(losses.loss_N, lr, self.idle[width])
+                self.health.add(step, epoch, batch.index_N, lam_N, losses.loss_N)
+                done.append((width, losses, lam_N))
+                self.log.clock.mark("train")
+                if self.config.loss.distill_widths and width == 1:
+                    teacher = losses
         if not self.health.is_good(step, grad_norm):
             done.clear()
-        for losses, lam_N in done:
-            self.log.add(losses, lam_N)
+        for counted in done:
+            self.log.add(*counted)
         self.log.end_step(grad_norm)
         if done and self.averaged is not None:
             self.averaged.update(self.step)
@@ -364,10 +368,7 @@ class Training:
         state = {"step": self.step, "log": self.log.collapse(), "config": to_dict(self.config)}
         if self.guard is not None:
             state["guard_best"] = self.guard.best
-        if self.health.skipped:
-            state["skipped_steps"] = self.health.skipped
-        if within_epoch:
-            state["within_epoch"] = True
+        state |= {"skipped_steps": self.health.skipped} | ({"within_epoch": True} if within_epoch else {})
         optimizer = {"optimizer": self.engine.optimizer_state()}
         self._require_finite(optimizer)
         if self.world.is_main:
@@ -396,5 +397,4 @@ class Training:
             self.world.set_own_running_statistics(self._trained_and_averaged, own["rank_RF"])
         if self.guard is not None:
             self.guard.best = checkpoint.state.get("guard_best", self.guard.best)
-        if self.world.is_main:
-            self.log.restore(checkpoint.state["log"])
+        self.log.restore(checkpoint.state["log"])

@@ -8,11 +8,20 @@ import torch
 import torch.distributed as dist
 
 from oat_dist.conditioning import LambdaSampler
-from oat_dist.config import AttackConfig, Config, DataConfig, EngineConfig, OptimConfig
+from oat_dist.config import (
+    AttackConfig,
+    ConditioningConfig,
+    Config,
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    OptimConfig,
+)
 from oat_dist.data import TrainLoader, open_prepared
 from oat_dist.distributed import World
 from oat_dist.errors import UserError
 from oat_dist.models import build_model
+from oat_dist.models.slimming import idle_parameters, widths_of_step
 from oat_dist.optim import learning_rate
 from oat_dist.step import training_losses
 from tests.ranks import run_ranks
@@ -20,9 +29,11 @@ from tests.ranks import run_ranks
 STEPS, STEPS_FLOAT64 = 10, 20
 
 
-def make_config(root, *, batch_size=64, eps_255=76.5, **engine) -> Config:
+def make_config(root, *, batch_size=64, eps_255=76.5, model=None, conditioning=None, **engine) -> Config:
     return Config(
         data=DataConfig(root=root, loader="memory", shift_pixels=1),
+        model=ModelConfig(**model or {}),
+        conditioning=ConditioningConfig(**conditioning or {}),
         attack=AttackConfig(eps_255=eps_255, steps=3),
         optim=OptimConfig(batch_size=batch_size, lr=0.05, epochs=1),
         engine=EngineConfig(sync_statistics=True, **engine),
@@ -105,6 +116,9 @@ def test_two_of_four_ranks_never_saw_lambda_zero(float64_results):
     assert zeros == [STEPS_FLOAT64, STEPS_FLOAT64, 0, 0]
 
 
+WIDTHS = {"widths": (0.5, 0.75, 1.0), "width_heads": True}
+SANDWICH = {"widths": (0.25, 0.5, 0.75, 1.0), "width_rule": "sandwich", "width_samples": 1}
+FLOAT = {"kind": "float", "film": "none", "lambdas": (0.0, 1.0)}
 ENGINES = {
     "zero 0": {},
     "zero 1": {"zero_stage": 1},
@@ -114,6 +128,11 @@ ENGINES = {
     "accumulating": {"accumulation": 2, "eps_255": 0.0},
     "zero 2, accumulating, uneven": {"zero_stage": 2, "accumulation": 2, "batch_size": 27, "eps_255": 0.0},
     "bf16": {"precision": "bf16"},
+    "widths": {"model": WIDTHS, "eps_255": 0.0},
+    "widths, zero 1": {"model": WIDTHS, "zero_stage": 1, "eps_255": 0.0},
+    "widths, zero 2, accumulating": {"model": WIDTHS, "zero_stage": 2, "accumulation": 2, "eps_255": 0.0},
+    "sandwich, zero 2": {"model": SANDWICH, "zero_stage": 2, "eps_255": 0.0},
+    "weight noise, zero 1": {"conditioning": FLOAT, "zero_stage": 1, "eps_255": 0.0},
 }
 FOR_FOUR = ("zero 0", "zero 1", "zero 2, accumulating, uneven")
 
@@ -130,9 +149,13 @@ def through_deepspeed(world, root):
         engine = Engine(network, config, world)
         losses = torch.zeros(STEPS, dtype=torch.float64)
         for step, batch, lam_N in batches_with_lambdas(config, world):
-            result = training_losses(network, batch, lam_N, config=config, epoch=0, forward=engine.forward)
-            engine.backward_and_step(result.loss_N, learning_rate(config.optim, step, 100))
-            losses[step] += result.counts["loss"].double() / config.optim.batch_size
+            for width in widths_of_step(config.model, config.seed, step):
+                result = training_losses(
+                    network, batch, lam_N, config=config, epoch=0, forward=engine.forward, step=step, width=width
+                )
+                idle = tuple(idle_parameters(network, width))
+                engine.backward_and_step(result.loss_N, learning_rate(config.optim, step, 100), idle)
+                losses[step] += result.counts["loss"].double() / config.optim.batch_size
         results[name] = world.sum(losses)
     return results
 
@@ -178,9 +201,10 @@ def plain_losses(world, root, name):
     optimizer = torch.optim.SGD(network.parameters(), lr=1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     losses = torch.zeros(STEPS, dtype=torch.float64)
     for number, (step, batch, lam_N) in enumerate(batches_with_lambdas(config, world), start=1):
-        result = training_losses(network, batch, lam_N, config=config, epoch=0, forward=network)
-        (result.loss_N.sum() / config.optim.batch_size).backward()
-        losses[step] += result.counts["loss"].double() / config.optim.batch_size
+        for width in widths_of_step(config.model, config.seed, step):
+            result = training_losses(network, batch, lam_N, config=config, epoch=0, forward=network, width=width)
+            (result.loss_N.sum() / config.optim.batch_size).backward()
+            losses[step] += result.counts["loss"].double() / config.optim.batch_size
         if number % config.engine.accumulation == 0:
             optimizer.param_groups[0]["lr"] = learning_rate(config.optim, step, 100)
             optimizer.step()
@@ -190,7 +214,7 @@ def plain_losses(world, root, name):
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["zero 0", "accumulating"])
+@pytest.mark.parametrize("name", ["zero 0", "accumulating", "widths", "widths, zero 1", "widths, zero 2, accumulating"])
 def test_deepspeed_takes_the_steps_that_plain_pytorch_takes(deepspeed_losses, digits, name):
     torch.set_num_threads(1)
     plain = plain_losses(World(), str(digits.folder.parent), name)

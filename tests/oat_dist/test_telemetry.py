@@ -26,7 +26,7 @@ def losses(num_clean=5) -> StepLosses:
     return StepLosses(
         loss_N=loss_N, counts={"loss": loss_N.sum()}, num_clean=num_clean,
         correct_clean_M=torch.tensor([True, False, True, True, True])[:num_clean],
-        correct_robust_A=torch.tensor([True, True, False]),
+        correct_robust_A=torch.tensor([True, True, False]), logits=(torch.zeros(num_clean, 2), torch.zeros(3, 2)),
     )  # fmt: skip
 
 
@@ -70,19 +70,19 @@ def test_sums_that_a_checkpoint_carries_go_on():
 def test_taking_note_of_a_step_does_not_wait_for_the_device():
     from tests.oat_dist.test_step import _NoWaiting
 
-    telemetry = Telemetry(World(), ConditioningConfig())
+    telemetry = Telemetry(World(), Config())
     with _NoWaiting():
         telemetry.clock.mark("data")
-        telemetry.add(losses(), LAM)
+        telemetry.add(1.0, losses(), LAM)
         telemetry.end_step(torch.tensor(2.0))
 
 
 def test_a_report_has_values_in_one_file_times_in_the_other_and_one_line_for_people(tmp_path, capsys):
-    telemetry = Telemetry(World(), ConditioningConfig())
+    telemetry = Telemetry(World(), Config())
     for phase in ("data", "attack", "train"):
         telemetry.clock.mark(phase)
     assert telemetry.communicate(lambda: "result", 2**20) == "result"
-    telemetry.add(losses(), LAM)
+    telemetry.add(1.0, losses(), LAM)
     telemetry.end_step(torch.tensor(0.25))
     with MetricsWriter(tmp_path) as metrics:
         line = telemetry.report(metrics, 10, 220, epoch=2, lr=0.1)
