@@ -72,7 +72,7 @@ def adversarial(network, batch, lam_N, config, epoch):
     """Adversarial images of those with lambda > 0."""
     cond = network.condition(lam_N)
     attacked = slice(cond.num_zero, None)
-    frozen = network.freeze(cond).images(attacked)
+    frozen = network.freeze(cond.attacked())
     return attack_images(
         network, frozen, batch.image_NCHW[attacked], batch.label_N[attacked], batch.index_N[attacked],
         config=config, epoch=epoch,

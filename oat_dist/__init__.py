@@ -5,6 +5,7 @@ The public names for use from Python:
     config, network = oat_dist.load_run("runs/...")       a trained network, on the CPU
     logits = network.predict(images, lam=0.3)             images [N, C, H, W] in [0, 1]
     network = oat_dist.conditionalise(module, config.conditioning, seed=0)      lambda for a network of your own
+    module = oat_dist.robustbench_model("runs/...", lam=0.3)      images to logits, for other programs
     x_adv = oat_dist.pgd(lambda x: ..., images, labels, eps=8 / 255, steps=20)
 """
 
@@ -14,6 +15,17 @@ from oat_dist.errors import UserError
 from oat_dist.evaluation import EvaluationAttack, evaluate
 from oat_dist.models import build_model
 from oat_dist.models.conditionalise import conditionalise
+from oat_dist.robustbench import robustbench_model
 from oat_dist.runs import load_run
 
-__all__ = ["Config", "EvaluationAttack", "UserError", "build_model", "conditionalise", "evaluate", "load_run", "pgd"]
+__all__ = [
+    "Config",
+    "EvaluationAttack",
+    "UserError",
+    "build_model",
+    "conditionalise",
+    "evaluate",
+    "load_run",
+    "pgd",
+    "robustbench_model",
+]

@@ -119,7 +119,7 @@ def print_comparison(comparison: dict, about: dict, console: Console | None = No
         if ours:
             gap = ours["gaps"][at]
             cells += _accuracies(ours["points"][at])
-            cells += [_with_error(gap[f"{key}_gap"], gap[f"{key}_gap_se"]) for key in ("sa", "ra")]
+            cells += [_cell(gap, f"{key}_gap", f"{key}_gap_se") for key in ("sa", "ra")]
         table.add_row(*cells)
     console.print(table)
 
@@ -156,14 +156,19 @@ def _rows(comparison: dict) -> list[dict]:
         for point in points:
             row = {"network": network, "lambda": point["lam"]}
             row |= {key: point.get(key) for key in ("sa", "sa_std", "ra", "ra_std", "seeds")}
+            for key in ("sa", "ra"):
+                row[f"{key}_low"], row[f"{key}_high"] = point.get(f"{key}_ci") or (None, None)
             gap = gap_of.get(point["lam"], {}) if network == "conditional" else {}
             rows.append(row | {key: gap.get(key) for key in ("sa_gap", "sa_gap_se", "ra_gap", "ra_gap_se")})
     return rows
 
 
 def _accuracies(point: dict) -> list[str]:
-    return [_with_error(point[key], point[f"{key}_std"]) for key in ("sa", "ra")]
+    return [_cell(point, key, f"{key}_std") for key in ("sa", "ra")]
 
 
-def _with_error(value: float, error: float | None) -> str:
-    return f"{100 * value:.1f}" + ("" if error is None else f" +- {100 * error:.1f}")
+def _cell(values: dict, key: str, error_key: str) -> str:
+    """A value in percent, its error over seeds where there are several, its interval over images where it is known."""
+    error, interval = values[error_key], values.get(f"{key}_ci")
+    text = f"{100 * values[key]:.1f}" + ("" if error is None else f" +- {100 * error:.1f}")
+    return text + (f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "")

@@ -6,8 +6,9 @@ already have nearly all of it, so a score would say nothing. The frame comes fro
 ends: an unconditioned network each for lambda = 0 and lambda = 1. The frontier ratio is the score of a conditional
 network over the score of the dedicated networks at the same lambdas.
 
-A point is {"lam", "sa", "ra"}; accuracies are fractions in [0, 1]. A mean point, of several seeds, has "sa_std",
-"ra_std" and "seeds" too. Nothing here trains or reads anything.
+A point is {"lam", "sa", "ra"}, with "width" where a network has several and, where they are known, the confidence
+intervals "sa_ci" and "ra_ci" over images; accuracies are fractions in [0, 1]. A mean point, of several seeds, has
+"sa_std", "ra_std" and "seeds" too. Nothing here trains or reads anything.
 """
 
 import math
@@ -109,6 +110,11 @@ def at_lambdas(points: Sequence[dict], dedicated: Sequence[dict]) -> list[dict]:
     return [found[point["lam"]] for point in dedicated]
 
 
+def of_width(points: Sequence[dict], width: float = 1.0) -> list[dict]:
+    """The points of a width, by default of the whole network; those of a network of one width do not name it."""
+    return [point for point in points if point.get("width", 1.0) == width]
+
+
 def pareto_front(points: Sequence[dict]) -> list[dict]:
     """The points that no other beats in SA and RA (one of equals stays), by increasing SA."""
     values = np.array([(point["sa"], point["ra"]) for point in points])
@@ -146,7 +152,8 @@ def mean_points(curves: Sequence[Sequence[dict]]) -> list[dict]:
         curves: One list of points per seed, in the same order of lambdas.
 
     Returns:
-        Mean points; the deviations are None for one seed.
+        Mean points; the deviations are None for one seed. Intervals are the means of the seeds' intervals: as the seeds
+        share their images, that is wide enough however they are correlated.
     """
     means = []
     for same in zip(*curves, strict=True):
@@ -155,6 +162,9 @@ def mean_points(curves: Sequence[Sequence[dict]]) -> list[dict]:
         for key in ("sa", "ra"):
             values = np.array([point[key] for point in same])
             mean |= {key: float(values.mean()), f"{key}_std": float(values.std(ddof=1)) if len(same) > 1 else None}
+            intervals = [point.get(f"{key}_ci") for point in same]
+            if None not in intervals:
+                mean[f"{key}_ci"] = np.mean(intervals, axis=0).tolist()
         means.append(mean | {"seeds": len(same)})
     return means
 
@@ -168,13 +178,17 @@ def gaps(points: Sequence[dict], dedicated: Sequence[dict]) -> list[dict]:
 
     Returns:
         {"lam", "sa_gap", "ra_gap", "sa_gap_se", "ra_gap_se"} per lambda: dedicated minus conditional, so positive means
-        behind, and the standard error of that difference over seeds, None where a side has one seed.
+        behind, and the standard error of that difference over seeds, None where a side has one seed. Where both sides
+        have intervals, "sa_gap_ci" and "ra_gap_ci" too, as if the two erred independently: wide, because what is hard
+        for one network is hard for the other.
     """
     rows = []
     for ours, theirs in zip(at_lambdas(points, dedicated), dedicated, strict=True):
         row = {"lam": theirs["lam"]}
         for key in ("sa", "ra"):
             row |= {f"{key}_gap": theirs[key] - ours[key], f"{key}_gap_se": _standard_error(ours, theirs, key)}
+            if f"{key}_ci" in ours and f"{key}_ci" in theirs:
+                row[f"{key}_gap_ci"] = _difference_interval(theirs, ours, key)
         rows.append(row)
     return rows
 
@@ -220,6 +234,14 @@ def _standard_error(ours: dict, theirs: dict, key: str) -> float | None:
     if None in stds:
         return None
     return math.sqrt(sum(std**2 / point["seeds"] for std, point in zip(stds, (ours, theirs), strict=True)))
+
+
+def _difference_interval(point: dict, other: dict, key: str) -> list[float]:
+    """Interval of point - other."""
+    (low, high), (other_low, other_high) = point[f"{key}_ci"], other[f"{key}_ci"]
+    value, other_value = point[key], other[key]
+    below, above = math.hypot(value - low, other_high - other_value), math.hypot(high - value, other_value - other_low)
+    return [value - other_value - below, value - other_value + above]
 
 
 def _lambdas(points: Sequence[dict]) -> str:

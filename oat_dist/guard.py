@@ -112,10 +112,11 @@ class Guard:
         self.num_images, self.num_classes = min(cfg.guard_images, data.counts["val"]), len(data.classes)
         self.lam = _largest_lambda(config.conditioning)
         self.attack = EvaluationAttack(norm=cfg.norm, eps=cfg.eps, steps=_STEPS)
+        # At least a batch for every rank.
+        size = min(config.evaluation.batch_size, -(-self.num_images // world.ranks))
         self.batches = evaluation_batches(
-            data, "val", config.data, config.evaluation.batch_size, num_images=self.num_images,
-            rank=world.rank, ranks=world.ranks, device=world.device,
-        )  # fmt: skip
+            data, "val", config.data, size, num_images=self.num_images, device=world.device
+        )
         self.best = float("-inf")
 
     def passes(self, network: ConditionalNetwork, metrics: MetricsWriter, *, epoch: int, step: int) -> bool:
@@ -139,7 +140,7 @@ class Guard:
             return True
 
         def record() -> None:
-            checkpoint = self.store.newest()
+            checkpoint = self.store.newest(whole_epochs=True)
             collapse = Collapse(
                 epoch=epoch, step=step, ra_before=self.best, ra_after=ra,
                 restored_step=checkpoint.step if checkpoint else 0, action=guard_action(self.config),

@@ -22,9 +22,9 @@ def build_optimizer(network: nn.Module, cfg: OptimConfig) -> torch.optim.Optimiz
         ]
     if cfg.optimizer == "sgd":
         return torch.optim.SGD(
-            groups, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, nesterov=cfg.nesterov
+            groups, lr=cfg.peak_lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, nesterov=cfg.nesterov
         )
-    return torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    return torch.optim.AdamW(groups, lr=cfg.peak_lr, weight_decay=cfg.weight_decay)
 
 
 def _decayed(network: nn.Module) -> list[nn.Parameter]:
@@ -50,11 +50,11 @@ def learning_rate(cfg: OptimConfig, step: int, total_steps: int) -> float:
     """
     warmup_steps = cfg.warmup_share * total_steps
     if step < warmup_steps:
-        return cfg.lr * (step + 1) / (warmup_steps + 1)
+        return cfg.peak_lr * (step + 1) / (warmup_steps + 1)
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     if cfg.schedule == "cosine":
-        return cfg.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    return cfg.lr * (1 - progress) if cfg.schedule == "onecycle" else cfg.lr
+        return cfg.peak_lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return cfg.peak_lr * (1 - progress) if cfg.schedule == "onecycle" else cfg.peak_lr
 
 
 class AveragedNetwork:

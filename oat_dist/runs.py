@@ -2,7 +2,7 @@
 
 <output_dir>/<time>_<name>_<fingerprint>/
 config.yaml  deepspeed.json  provenance.json  metrics.jsonl  timings.jsonl  tensorboard/
-model.safetensors  frontier.json  frontier.png  frontier.svg  eval/*.json
+model.safetensors  frontier.json  frontier.png  frontier.svg  eval/*.json  report.html
 checkpoints/ (see checkpoint.py)  guard.json (after a collapse, see guard.py)
 """
 
@@ -77,7 +77,7 @@ def note_resume(run: pathlib.Path, step: int, ranks: int) -> None:
 
 
 def save_model(network: ConditionalNetwork, data: PreparedData, path: pathlib.Path) -> None:
-    """Write a network as safetensors; channels and classes go into the header, so that it can be rebuilt.
+    """Write a network as safetensors; image shape and classes go into the header, so that it can be rebuilt.
 
     Args:
         network: Network to save.
@@ -87,6 +87,7 @@ def save_model(network: ConditionalNetwork, data: PreparedData, path: pathlib.Pa
     about = {
         "format": _FORMAT,
         "in_channels": data.image_shape[2],
+        "image_shape": data.image_shape,
         "classes": data.classes,
         "dataset": data.name,
     }
@@ -120,16 +121,38 @@ def load_run(run: str | pathlib.Path) -> tuple[Config, ConditionalNetwork]:
     return config, network.eval()
 
 
+def require_same_images(run: str | pathlib.Path, data: PreparedData) -> None:
+    """Check that a data set has the images and classes that a run was trained on.
+
+    Args:
+        run: Folder of a finished run.
+        data: The data set.
+
+    Raises:
+        UserError: Another image size (where the run says its own), other channels, or another number of classes.
+    """
+    _, about = read_tensors(pathlib.Path(run) / "model.safetensors")
+    where = f"--run {run}: its network cannot be measured on {data.folder}"
+    if len(about["classes"]) != len(data.classes):
+        raise UserError(f"{where}: {len(data.classes)} classes there, {len(about['classes'])} in the network")
+    trained = tuple(about.get("image_shape", (*data.image_shape[:2], about["in_channels"])))
+    if trained != tuple(data.image_shape):
+        ours, theirs = ("x".join(map(str, shape)) for shape in (trained, data.image_shape))
+        raise UserError(f"{where}: images of {theirs} there, the network was trained on {ours}")
+
+
 def make_folder(folder: pathlib.Path) -> pathlib.Path:
     """Make a folder and its parents where they are missing.
 
     Raises:
-        UserError: It cannot be made.
+        UserError: It cannot be made, or nothing can be written into it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made: {error.strerror or error}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: cannot be written; give write permission, or use a copy of the folder")
     return folder
 
 
@@ -137,7 +160,7 @@ def free_stem(folder: pathlib.Path, stem: str) -> pathlib.Path:
     """A path in `folder` (made if need be) of which no STEM.json exists: `stem`, else `stem-2`, `stem-3`, ...
 
     Raises:
-        UserError: The folder cannot be made.
+        UserError: As `make_folder`.
     """
     make_folder(folder)
     attempt = 1

@@ -135,7 +135,7 @@ class Search:
         for (lam, seed), run in known.items():
             one = dedicated_config(self.base, lam, seed)
             found = pathlib.Path(run) if run else find_trained(one, self.data)
-            points = measured_before(found, [lam], self.attack, split) if found else None
+            points = measured_before(found, [lam], self.attack, self.data, split) if found else None
             network = {"lam": lam, "seed": seed, "run": str(found) if found else None}
             if points:
                 there.append({**points[0], **network})

@@ -156,19 +156,17 @@ def evaluation_batches(
     cfg: DataConfig,
     batch_size: int,
     *,
-    num_images: int | None = None,
-    rank: int = 0,
-    ranks: int = 1,
     device: torch.device,
+    num_images: int | None = None,
 ) -> list[Batch]:
-    """Every `ranks`-th image of a split, unaugmented, as batches that stay on the device for all lambdas.
+    """The images of a split, unaugmented, as batches that stay on the device for all lambdas.
 
     With `num_images`, at most the split's, only so many: spread evenly, since a split may lie in the order of classes.
     """
     reader, batches = open_reader(data, split, cfg, device), []
     count = len(reader)
-    num_images = num_images or count
-    row_M = (torch.arange(num_images) * count // num_images)[rank::ranks]
+    num_images = min(num_images or count, count)
+    row_M = torch.arange(num_images) * count // num_images
     for image, label, index_N in reader.batches(row_M, batch_size):
         x, label_N = to_device(image, label, device)
         x = x.permute(0, 3, 1, 2)

@@ -29,6 +29,15 @@ def test_warm_up_works_with_every_schedule_and_constant_stays():
     assert learning_rate(OptimConfig(lr=0.3, schedule="constant"), 77, 100) == 0.3
 
 
+def test_the_rate_is_scaled_with_the_batch_for_which_it_is_not_meant():
+    cfg = OptimConfig(lr=0.1, lr_batch_size=256, batch_size=8192, warmup_share=0.1, schedule="constant")
+    assert cfg.peak_lr == pytest.approx(3.2)
+    rates = [learning_rate(cfg, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(3.2 / 11) and rates[50] == pytest.approx(3.2)
+    assert build_optimizer(nn.Linear(2, 2), cfg).param_groups[0]["lr"] == cfg.peak_lr
+    assert OptimConfig(lr=0.1, batch_size=129).peak_lr == 0.1
+
+
 @pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
 def test_optimisers_are_built_as_configured(name, kind):
     optimizer = build_optimizer(nn.Linear(2, 2), OptimConfig(optimizer=name, lr=0.01, weight_decay=0.2))
