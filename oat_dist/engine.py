@@ -198,6 +198,10 @@ class Engine:
         state = {}
         if self.config.engine.zero_stage and not self._optimizer.optimizer.state:
             return state
+        if self.config.engine.zero_stage:
+            # DeepSpeed maps parameters to their state once the first group has moved, when the others have none yet.
+            self._optimizer._hp_optimizer_states_linked = False
+            self._optimizer._lazy_init_hp_params_optimizer_state()
         for name, parameter in self._network.named_parameters():
             for key in self._state_keys:
                 if self.config.engine.zero_stage:

@@ -51,10 +51,10 @@ def make_config(
 SETTINGS = {
     "zero 0": {},
     "zero 1": {"zero_stage": 1},
-    "zero 2, accumulating": {"zero_stage": 2, "accumulation": 2},
+    "zero 2, accumulating": {"zero_stage": 2, "accumulation": 2, "optim": {"decay": "weights"}},
     "bf16": {"precision": "bf16"},
     "adamw, extra images": {"optim": {"optimizer": "adamw", "nesterov": False}, "extra": "small", "robust": "rst_adv"},
-    "adamw, zero 1": {"optim": {"optimizer": "adamw", "nesterov": False}, "zero_stage": 1},
+    "adamw, zero 1": {"optim": {"optimizer": "adamw", "nesterov": False, "decay": "weights"}, "zero_stage": 1},
     "no momentum, zero 2": {"optim": {"momentum": 0.0, "nesterov": False}, "zero_stage": 2},
     "choosing by validation": {"validate": 1},
     "sandwich of widths, distilled, zero 1": {
