@@ -4,8 +4,8 @@
     python benchmarks/widths.py accuracy [--widths 0.5 0.75 1] [--seeds 0 1 2] [--docs] [--config FILE ...]
 
 "cost" measures, in turns, an optimiser step of the slimmable network and one of each plainly built network of the same
-channels (random images, attack of 7 steps), on a CPU by the processor's clock. "all_over_sum" is the former over the sum
-of the latter; "all_over_flops" is it over the step of width 1 times the sum of all widths' FLOPs as shares of that
+channels (random images, attack of 7 steps), on a CPU by the processor's clock. "all_over_sum" is the former over the
+sum of the latter; "all_over_flops" is it over the step of width 1 times the sum of all widths' FLOPs as shares of that
 width's, and should be at most 1.1; it counts against widths too that narrow layers do fewer operations a second.
 "accuracy" trains the slimmable network (OATS) and the plain ones (OAT) on one recipe, by default the digits, and puts
 SA and RA at lambda 0, 0.2 and 1 side by side; runs that are there are not trained again. Both write
