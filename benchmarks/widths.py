@@ -50,7 +50,7 @@ def one_step(config: Config, setting: Setting) -> Callable[[], float]:
     setting = dataclasses.replace(setting, config=config)
     network = build_model(config, in_channels=setting.data.image_shape[2], num_classes=NUM_CLASSES)
     network.to(setting.device, memory_format=torch.channels_last)
-    optimizer = build_optimizer(network.parameters(), config.optim)
+    optimizer = build_optimizer(network, config.optim)
     batches, replay = draw_batches(setting), graph_replay(config.engine.cuda_graph, setting.device, name="attack")
 
     # Other programs on the processors do not count.

@@ -5,9 +5,11 @@
     deepspeed --num_accelerators 2 launch/train.py --config ...           two processes, on a CPU too
     python launch/train.py --config launch/configs/digits.yaml --dry-run  what it would cost, nothing else
 
-The same command goes on with a run that was killed (checkpoint.resume).
+The same command goes on with a run that was killed (checkpoint.resume). Ends with the path of the run's page.
 """
 
+import pathlib
+import sys
 from collections.abc import Sequence
 
 from launch import run_main
@@ -29,7 +31,22 @@ def main(argv: Sequence[str]) -> None:
     from oat_dist.trainer import train
 
     with init_world(config.engine.threads) as world:
-        train(config, world)
+        run = train(config, world)
+    if world.is_main:
+        show(run)
+
+
+def show(run: pathlib.Path) -> None:
+    """Write the page of a run and print its path; where that fails, say so and how to try again."""
+    from oat_dist.page import write_page
+
+    path = run / "report.html"
+    try:
+        write_page([run], path)
+    except Exception as error:  # The run is whole and measured: nothing about its page may make it fail.
+        print(f"{path}: not written ({error}); python launch/report.py {run} tries again", file=sys.stderr)
+    else:
+        print(path)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The configuration of a run: all sections, the checks between them, and what names a run.
 
 Standard library only, nothing is read and no device is touched. `config_io.py` fills the tree from YAML and the command
-line; the settings themselves are in `settings.py` and `network_settings.py`.
+line; the settings themselves are in `settings.py`, `network_settings.py` and `running_settings.py`.
 """
 
 import hashlib
@@ -11,19 +11,18 @@ from dataclasses import asdict, dataclass, field, replace
 
 from oat_dist.errors import require
 from oat_dist.network_settings import PAPER_LAMBDAS, ConditioningConfig, ModelConfig
+from oat_dist.running_settings import CheckpointConfig, EngineConfig, LoggingConfig
 from oat_dist.settings import (
     AttackConfig,
-    CheckpointConfig,
     DataConfig,
-    EngineConfig,
     EvaluationConfig,
-    LoggingConfig,
     LossConfig,
     OptimConfig,
     default_step_size,
 )
 
 __all__ = [
+    "DEFAULTS_VERSION",
     "PAPER_LAMBDAS",
     "AttackConfig",
     "CheckpointConfig",
@@ -42,6 +41,10 @@ __all__ = [
     "of_one_width",
     "to_dict",
 ]
+
+
+DEFAULTS_VERSION = 1
+"""To be raised when the default of a setting changes: runs are named by the settings that differ from the defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,16 +124,16 @@ def of_one_width(config: Config) -> Config:
 def computed_settings(config: Config) -> dict[str, object]:
     """Dotted key -> value of the settings that decide what is computed.
 
-    Left out are names, folders, how often something is logged or saved, and what makes no difference beyond rounding:
-    loader, threads, and whether a CUDA graph is recorded. Running statistics are averaged over ranks at every
-    checkpoint, but a run on one rank, or with shared statistics, is the same with any interval.
+    Left out are names, folders, how often something is logged or saved, time limits, and what makes no difference
+    beyond rounding: loader, threads, overlap, and whether a CUDA graph is recorded. Running statistics are averaged
+    over ranks at every checkpoint, but a run on one rank, or with shared statistics, is the same with any interval.
     """
     settings = to_dict(config)
     for key in ("name", "output_dir", "logging", "checkpoint"):
         del settings[key]
     for key in ("root", "loader", "workers"):
         del settings["data"][key]
-    for key in ("threads", "cuda_graph"):
+    for key in ("threads", "cuda_graph", "overlap_comm", "hang_timeout_s"):
         del settings["engine"][key]
     flat = {}
     for key, value in settings.items():
@@ -139,5 +142,11 @@ def computed_settings(config: Config) -> dict[str, object]:
 
 
 def fingerprint(config: Config) -> str:
-    """Eight hexadecimal digits that name what is computed."""
-    return hashlib.sha256(json.dumps(computed_settings(config), sort_keys=True).encode()).hexdigest()[:8]
+    """Eight hexadecimal digits that name what is computed.
+
+    Settings that have their default take no part, so that a run is still found when newer code has more settings.
+    """
+    default = computed_settings(Config())
+    settings = {key: value for key, value in computed_settings(config).items() if value != default[key]}
+    text = json.dumps([DEFAULTS_VERSION, settings], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -182,12 +182,12 @@ def print_report(report: dict, paths: Sequence[pathlib.Path], console: Console |
         numbers = (f"{cost['parameters']:,}", f"{cost['forward_flops'] / 1e6:.2f}") if cost else ("", "")
         told = (f"{point['width']:g}", *numbers) if "width" in point else ()
         keys = ("sa", "ra", *(("ra_worst",) if has_worst else ()))
-        table.add_row(*told, f"{point['lam']:g}", *(_accuracy(point, key) for key in keys))
+        table.add_row(*told, f"{point['lam']:g}", *(accuracy_text(point, key) for key in keys))
     for found in (report, *report.get("widths", ())):
         if "random_lambda" in found:
             told = (f"{found['width']:g}", "", "") if "width" in found else ("",) * 3 if "widths" in report else ()
             drawn = found["random_lambda"]
-            table.add_row(*told, "random", _accuracy(drawn, "sa"), _accuracy(drawn, "ra"), *[""] * has_worst)
+            table.add_row(*told, "random", accuracy_text(drawn, "sa"), accuracy_text(drawn, "ra"), *[""] * has_worst)
     console.print(table)
     for found in (report, *report.get("widths", ())):
         if "matrix" in found:
@@ -211,11 +211,11 @@ def _matrix_table(matrix: dict, of_width: str) -> Table:
         table.add_column(name, justify="right")
     for at, via in enumerate(matrix["attack_lambdas"]):
         cells = zip(matrix["ra"][at], matrix["ra_ci"][at], strict=True)
-        table.add_row(f"{via:g}", *(_accuracy({"ra": ra, "ra_ci": interval}, "ra") for ra, interval in cells))
+        table.add_row(f"{via:g}", *(accuracy_text({"ra": ra, "ra_ci": interval}, "ra") for ra, interval in cells))
     return table
 
 
-def _accuracy(point: dict, key: str) -> str:
-    """Percent, with the interval where there is one."""
+def accuracy_text(point: dict, key: str) -> str:
+    """Percent, with the interval where there is one, as tables have it."""
     interval = point.get(f"{key}_ci")
     return f"{100 * point[key]:.1f}" + (f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "")

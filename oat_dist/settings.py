@@ -35,6 +35,8 @@ class DataConfig:
     set's own (CIFAR, STL-10, folder and npz 4, SVHN 0, digits 1)."""
     flip: bool | None = None
     """Random left-right flip of training images; default: the data set's own (not for SVHN and digits)."""
+    cutout_pixels: int = 0
+    """Side of the square that is blanked out at a random place of every training image; 0 blanks nothing."""
     extra: str | None = None
     """A further prepared data set that every batch has a share of, e.g. with pseudo-labels (launch/pseudo_label.py)."""
     extra_share: float = 0.5
@@ -50,6 +52,7 @@ class DataConfig:
         require(self.workers >= 1, "data.workers", self.workers, "must be at least 1")
         ok = self.shift_pixels is None or self.shift_pixels >= 0
         require(ok, "data.shift_pixels", self.shift_pixels, "must be at least 0")
+        require(self.cutout_pixels >= 0, "data.cutout_pixels", self.cutout_pixels, "must be at least 0")
         require(0 < self.extra_share < 1, "data.extra_share", self.extra_share, "must lie in (0, 1)")
         ok = 0 <= self.extra_weight < math.inf
         require(ok, "data.extra_weight", self.extra_weight, "must be at least 0 and finite")
@@ -124,12 +127,18 @@ class OptimConfig:
     """`sgd` has momentum; `adamw` is Adam with decoupled weight decay."""
     lr: float = 0.1
     """Peak learning rate (paper, section 4.1: 0.1)."""
+    lr_batch_size: int | None = None
+    """Batch size for which `lr` is meant: at another the rate is lr * batch_size / lr_batch_size, reached by a
+    warm-up (Goyal et al., "Accurate, Large Minibatch SGD", 2017, section 2.1); default: the rate is `lr`."""
     momentum: float = 0.9
     """Momentum of sgd."""
     nesterov: bool = True
     """Nesterov momentum in sgd."""
     weight_decay: float = 5e-4
-    """Weight decay on all parameters (paper, section 4.1: 5e-4)."""
+    """Weight decay (paper, section 4.1: 5e-4)."""
+    decay: Literal["all", "weights"] = "all"
+    """What decays: `all` parameters (paper), or the `weights` of convolutions and classifier alone, so that norms,
+    biases and FiLM do not."""
     epochs: int = 200
     """Passes over the training split (paper, section 4.1: 200)."""
     batch_size: int = 128
@@ -146,6 +155,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         require(0 < self.lr < math.inf, "optim.lr", self.lr, "must be positive and finite")
+        ok = self.lr_batch_size is None or self.lr_batch_size >= 1
+        require(ok, "optim.lr_batch_size", self.lr_batch_size, "must be at least 1")
         require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "must lie in [0, 1)")
         expected = "Nesterov momentum needs optim.momentum > 0"
         require(not self.nesterov or self.momentum > 0, "optim.nesterov", self.nesterov, expected)
@@ -158,33 +169,10 @@ class OptimConfig:
         require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, "must be at least 0")
         require(0 <= self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "must lie in [0, 1)")
 
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """How a step is spread over memory and ranks."""
-
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16` runs attack and training forward under bfloat16 autocast; parameters, FiLM, statistics, losses and the
-    attack's iterates stay float32."""
-    accumulation: int = 1
-    """Micro-batches per optimiser step."""
-    zero_stage: Literal[0, 1, 2] = 0
-    """DeepSpeed ZeRO: 1 shards optimiser state over ranks, 2 gradients too."""
-    cuda_graph: bool = True
-    """Run the attack as one recorded CUDA graph where it can be: on a GPU, with shapes that stay the same. Values are
-    the same either way."""
-    compile: bool = False
-    """Run the network's forward through torch.compile, in training and attack; the first steps take minutes. Needs a
-    C++ compiler on a CPU."""
-    sync_statistics: bool = False
-    """Share batch-norm statistics over ranks in every training forward."""
-    threads: int = 0
-    """CPU threads per rank; 0 divides the cores of the machine by the ranks on it."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        require(self.accumulation >= 1, "engine.accumulation", self.accumulation, "must be at least 1")
-        require(self.threads >= 0, "engine.threads", self.threads, "must be at least 0")
+    @property
+    def peak_lr(self) -> float:
+        """Largest learning rate of the schedule."""
+        return self.lr if self.lr_batch_size is None else self.lr * self.batch_size / self.lr_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,34 +209,3 @@ class EvaluationConfig:
     def num_noise_draws(self) -> int:
         """`noise_draws` or its default, which is ours."""
         return self.noise_draws or 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoggingConfig:
-    """What is reported while a run goes on."""
-
-    interval_steps: int = 50
-    """Steps between two lines of metrics.jsonl; the only steps on which the host waits for the device."""
-    tensorboard: bool = True
-    """Write TensorBoard event files into the run folder."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        require(self.interval_steps >= 1, "logging.interval_steps", self.interval_steps, "must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """What survives when a run is killed."""
-
-    interval_epochs: int = 1
-    """Epochs between two checkpoints; there is always one at the end of training."""
-    keep: int = 2
-    """How many of the newest checkpoints stay."""
-    resume: str = "auto"
-    """`auto`: the newest unfinished run of this name and settings goes on; `never`: a new run; or a run folder."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        require(self.interval_epochs >= 1, "checkpoint.interval_epochs", self.interval_epochs, "must be at least 1")
-        require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")

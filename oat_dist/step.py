@@ -42,6 +42,10 @@ class StepLosses:
     """Scalars on the device, to be summed over images, micro-batches and ranks."""
     num_clean: int
     """Images that took part clean, over which the clean counts go."""
+    correct_clean_M: Tensor
+    """Whether each of these was classified correctly."""
+    correct_robust_A: Tensor
+    """Whether each attacked image was."""
     logits: tuple[Tensor, Tensor]
     """Logits of those and of the adversarial images, without a graph: what narrower widths may be taught."""
 
@@ -59,6 +63,7 @@ def training_losses(
     step: int = 0,
     width: float = 1.0,
     teacher: StepLosses | None = None,
+    on_attacked: Callable[[], None] = lambda: None,
 ) -> StepLosses:
     """Losses of a micro-batch.
 
@@ -75,6 +80,7 @@ def training_losses(
             training forward share.
         width: Share of the channels, one of the network's widths; attack and forward go through that subnetwork.
         teacher: What the whole network answered on the same batch, which this width learns in place of the objective.
+        on_attacked: Called between attack and training forward.
 
     Returns:
         Per-image losses and counts.
@@ -89,6 +95,7 @@ def training_losses(
     frozen = network.freeze(cond.attacked(), dtype=attack_dtype(config.engine.precision))
     of_attacked = x[attacked], label_N[attacked], batch.index_N[attacked]
     x_adv = attack_images(network, frozen, *of_attacked, config=config, epoch=epoch, plan=plan, replay=replay)
+    on_attacked()
     images = [x[attacked], x_adv]
     if "noisy_logits" in objective.needs:
         images.append(noisy_images(x[attacked], batch.index_N[attacked], config=config, epoch=epoch))
@@ -118,16 +125,20 @@ def training_losses(
     )  # fmt: skip
     if config.data.extra is not None:
         loss_N = loss_N * _weights(batch, config.data.extra_weight).to(loss_N.device, loss_N.dtype, non_blocking=True)
+    correct_clean_M, correct_robust_A = logits[0].argmax(1) == clean_label, logits[1].argmax(1) == examples.label_A
     counts = {
         "loss": loss_N.sum(),
         "loss_clean": clean_loss_M.sum(),
         "loss_robust": robust_A.sum(),
-        "correct_clean": (logits[0].argmax(1) == clean_label).sum(),
-        "correct_robust": (logits[1].argmax(1) == examples.label_A).sum(),
+        "correct_clean": correct_clean_M.sum(),
+        "correct_robust": correct_robust_A.sum(),
     }
     counts = {key: value.detach() for key, value in counts.items()}
     answers = logits[0].detach(), logits[1].detach()
-    return StepLosses(loss_N=loss_N, counts=counts, num_clean=len(x_clean), logits=answers)
+    return StepLosses(
+        loss_N=loss_N, counts=counts, num_clean=len(x_clean), correct_clean_M=correct_clean_M,
+        correct_robust_A=correct_robust_A, logits=answers,
+    )  # fmt: skip
 
 
 def _fields_of_outputs(

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import pathlib
 
 # Before anything imports triton, which reads it once.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from oat_dist.data import PreparedData, prepare
+from tests.shown_runs import make_runs
 
 
 @pytest.fixture(autouse=True)
@@ -31,3 +33,9 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session")
+def shown_runs(digits, tmp_path_factory) -> list[pathlib.Path]:
+    """Three finished runs for the page."""
+    return make_runs(digits, tmp_path_factory.mktemp("shown"))

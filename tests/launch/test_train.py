@@ -45,7 +45,7 @@ def test_training_writes_a_complete_run_and_prints_the_curve_and_where_it_is(sin
     run, done, _ = single
     expected = {"config.yaml", "deepspeed.json", "provenance.json", "metrics.jsonl", "timings.jsonl", "tensorboard",
                 "model.safetensors", "frontier.json", "frontier.png", "frontier.svg", "checkpoints",
-                "frontier.images.safetensors", ".lock"}  # fmt: skip
+                "frontier.images.safetensors", "report.html", ".lock"}  # fmt: skip
     assert {p.name for p in run.iterdir()} == expected
     frontier = json.loads((run / "frontier.json").read_text())
     assert (frontier["model"], frontier["dataset"], frontier["split"]) == ("resnet8", "digits", "test")
@@ -55,6 +55,7 @@ def test_training_writes_a_complete_run_and_prints_the_curve_and_where_it_is(sin
     for text in ("lambda", "SA %", "RA %", str(run / "frontier.json"), str(run / "frontier.png")):
         assert text in done.stdout
     assert "Traceback" not in done.stderr
+    assert done.stdout.splitlines()[-1] == str(run / "report.html")
 
 
 @pytest.mark.slow

@@ -319,7 +319,7 @@ def steps_under_deepspeed(world: World) -> dict[str, float]:
             engine, batch = Engine(network, config, world), make_batch(len(LAM), dtype=torch.float32)
             step = training_losses(network, batch, LAM, config=config, epoch=0, forward=engine.forward)
             engine.backward_and_step(step.loss_N, lr=optim.lr)
-            optimizer = build_optimizer(plain.parameters(), optim)
+            optimizer = build_optimizer(plain, optim)
             a_step(config, plain, dtype=torch.float32)[2].loss_N.mean().backward()
             before = plain.stem.weight.detach().clone()
             optimizer.step()

@@ -1,4 +1,4 @@
-"""Training on two ranks is training on one: in float64 through plain collectives, in float32 through DeepSpeed."""
+"""Two or four ranks train as one: in float64 through plain collectives, in float32 through DeepSpeed."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from oat_dist.optim import learning_rate
 from oat_dist.step import training_losses
 from tests.ranks import run_ranks
 
-STEPS = 10
+STEPS, STEPS_FLOAT64 = 10, 20
 
 
 def make_config(root, *, batch_size=64, eps_255=76.5, model=None, conditioning=None, **engine) -> Config:
@@ -40,7 +40,7 @@ def make_config(root, *, batch_size=64, eps_255=76.5, model=None, conditioning=N
     )
 
 
-def batches_with_lambdas(config, world):
+def batches_with_lambdas(config, world, steps=STEPS):
     """(step, micro-batch, lambdas) of the first steps."""
     loader = TrainLoader(
         open_prepared(config.data.root, "digits"), config, rank=world.rank, ranks=world.ranks, device=world.device
@@ -51,40 +51,69 @@ def batches_with_lambdas(config, world):
         batch_size=config.optim.batch_size,
         steps_per_epoch=loader.steps_per_epoch,
     )
-    for step, micro_batches in zip(range(STEPS), loader.epoch(0), strict=False):
+    for step, micro_batches in zip(range(steps), loader.epoch(0), strict=False):
         for batch in micro_batches:
             yield step, batch, sampler.draw(0, step, batch.position_N, batch.index_N)
 
 
-def plain_float64(world, root, batch_size, accumulation):
-    """SGD with gradients summed by torch.distributed; losses of the global batches and the final weights."""
-    config = make_config(root, batch_size=batch_size, accumulation=accumulation)
-    network = build_model(config, in_channels=1, num_classes=10).double()
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
-    losses = torch.zeros(STEPS, dtype=torch.float64)
-    for number, (step, batch, lam_N) in enumerate(batches_with_lambdas(config, world), start=1):
-        batch = dataclasses.replace(batch, image_NCHW=batch.image_NCHW.double())
-        result = training_losses(network, batch, lam_N, config=config, epoch=0, forward=network)
-        (result.loss_N.sum() / batch_size).backward()
-        losses[step] += result.loss_N.sum().detach() / batch_size
-        if number % accumulation == 0:
-            for parameter in network.parameters():
-                if world.ranks > 1:
-                    dist.all_reduce(parameter.grad)
-            optimizer.step()
-            optimizer.zero_grad()
-    return world.sum(losses), {k: v for k, v in network.state_dict().items()}
+CASES_FLOAT64 = {
+    "even": (64, 1),
+    "uneven, accumulating": (27, 2),
+    # Two images with lambda = 0: with four ranks, two of these have none.
+    "ranks without lambda = 0": (10, 1),
+}
+"""Name -> (batch size, accumulation)."""
+
+
+def plain_float64(world, root):
+    """SGD with gradients summed by torch.distributed; for each case losses, zeros of this rank, final weights."""
+    results = {}
+    for name, (batch_size, accumulation) in CASES_FLOAT64.items():
+        config = make_config(root, batch_size=batch_size, accumulation=accumulation)
+        network = build_model(config, in_channels=1, num_classes=10).double()
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+        losses, zeros = torch.zeros(STEPS_FLOAT64, dtype=torch.float64), 0
+        batches = batches_with_lambdas(config, world, STEPS_FLOAT64)
+        for number, (step, batch, lam_N) in enumerate(batches, start=1):
+            batch = dataclasses.replace(batch, image_NCHW=batch.image_NCHW.double())
+            result = training_losses(network, batch, lam_N, config=config, epoch=0, forward=network)
+            (result.loss_N.sum() / batch_size).backward()
+            losses[step] += result.loss_N.sum().detach() / batch_size
+            zeros += int((lam_N == 0).sum())
+            if number % accumulation == 0:
+                for parameter in network.parameters():
+                    if world.ranks > 1:
+                        dist.all_reduce(parameter.grad)
+                optimizer.step()
+                optimizer.zero_grad()
+        results[name] = world.sum(losses), zeros, {k: v for k, v in network.state_dict().items()}
+    return results
+
+
+@pytest.fixture(scope="module")
+def float64_results(digits):
+    """Number of ranks -> results of every rank; each number of ranks runs once."""
+    return functools.cache(lambda ranks: run_ranks(plain_float64, ranks, str(digits.folder.parent)))
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(64, 1), (27, 2)], ids=["even", "uneven, accumulating"])
-def test_in_float64_two_ranks_agree_with_one_to_nine_digits(digits, batch_size, accumulation):
-    args = (str(digits.folder.parent), batch_size, accumulation)
-    (alone,), shared = run_ranks(plain_float64, 1, *args), run_ranks(plain_float64, 2, *args)
-    for losses, weights in shared:
-        torch.testing.assert_close(losses, alone[0], rtol=1e-9, atol=0)
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("case", CASES_FLOAT64)
+def test_in_float64_ranks_agree_with_one_to_nine_digits(float64_results, case, ranks):
+    ((expected, _, expected_weights),) = (result[case] for result in float64_results(1))
+    assert len(expected) == STEPS_FLOAT64 and (expected != 0).all()
+    for losses, _, weights in (result[case] for result in float64_results(ranks)):
+        torch.testing.assert_close(losses, expected, rtol=1e-9, atol=0)
         for name, value in weights.items():
-            torch.testing.assert_close(value, alone[1][name], rtol=1e-8, atol=1e-8, msg=name)
+            torch.testing.assert_close(value, expected_weights[name], rtol=1e-8, atol=1e-8, msg=name)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_two_of_four_ranks_never_saw_lambda_zero(float64_results):
+    zeros = [result["ranks without lambda = 0"][1] for result in float64_results(4)]
+    assert zeros == [STEPS_FLOAT64, STEPS_FLOAT64, 0, 0]
 
 
 WIDTHS = {"widths": (0.5, 0.75, 1.0), "width_heads": True}
@@ -105,6 +134,7 @@ ENGINES = {
     "sandwich, zero 2": {"model": SANDWICH, "zero_stage": 2, "eps_255": 0.0},
     "weight noise, zero 1": {"conditioning": FLOAT, "zero_stage": 1, "eps_255": 0.0},
 }
+FOR_FOUR = ("zero 0", "zero 1", "zero 2, accumulating, uneven")
 
 
 def through_deepspeed(world, root):
@@ -113,8 +143,8 @@ def through_deepspeed(world, root):
 
     world = dataclasses.replace(init_world(threads=1), device=world.device)
     results = {}
-    for name, settings in ENGINES.items():
-        config = make_config(root, **settings)
+    for name in FOR_FOUR if world.ranks == 4 else ENGINES:
+        config = make_config(root, **ENGINES[name])
         network = build_model(config, in_channels=1, num_classes=10)
         engine = Engine(network, config, world)
         losses = torch.zeros(STEPS, dtype=torch.float64)
@@ -138,9 +168,12 @@ def deepspeed_losses(digits):
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in ENGINES if name != "bf16"])
-def test_through_deepspeed_two_ranks_agree_with_one(deepspeed_losses, name):
-    alone, shared = deepspeed_losses(1)[name], deepspeed_losses(2)[name]
+@pytest.mark.parametrize(("name", "ranks"), [
+    *((name, 2) for name in ENGINES if name != "bf16"),
+    *((name, 4) for name in FOR_FOUR),
+])  # fmt: skip
+def test_through_deepspeed_ranks_agree_with_one(deepspeed_losses, name, ranks):
+    alone, shared = deepspeed_losses(1)[name], deepspeed_losses(ranks)[name]
     assert alone[-1] < alone[0] - 0.05, "training goes forward"
     torch.testing.assert_close(shared, alone, rtol=1e-3, atol=0)
 
