@@ -22,6 +22,7 @@ from trained import dedicated_points, images_per_s, num_parameters, points_of, t
 from oat_dist.config import Config
 from oat_dist.config_io import load_config
 from oat_dist.data import PreparedData
+from oat_dist.dedicated import dedicated_config
 from oat_dist.distributed import World
 from oat_dist.engine import init_world
 from oat_dist.errors import UserError
@@ -125,8 +126,6 @@ def main(argv: Sequence[str]) -> None:
 
 def _plain(ablation: Ablation) -> Config:
     """A run whose network has no conditioning: a dedicated one of the frame."""
-    from oat_dist.dedicated import dedicated_config
-
     return dedicated_config(load_config(ablation.argv, {"seed": ablation.seeds[0]}), 0.0, ablation.seeds[0])
 
 

@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 from table import RESULTS, describe, environment, markdown, put_into_docs, save
+from trained import images_per_s
 
 from launch import prepare_data, pseudo_label
-from oat_dist.config import Config, fingerprint
+from oat_dist.config import fingerprint
 from oat_dist.config_io import load_config
 from oat_dist.data import PreparedData
 from oat_dist.dedicated import find_trained
@@ -33,7 +34,6 @@ from oat_dist.distributed import World
 from oat_dist.engine import init_world
 from oat_dist.errors import UserError
 from oat_dist.losses import ROBUST, find_objective, require_setting
-from oat_dist.runs import load_run
 from oat_dist.trainer import open_data, train
 
 MODES = ("dedicated", "once_for_all")
@@ -136,13 +136,6 @@ class Table:
             pseudo_label.main([f"--run={run}", f"--images=npz:{root / labelled}.npz", f"--name={extra}",
                                f"--out={root}"])  # fmt: skip
         return settings | {"data.extra": extra}
-
-
-def images_per_s(run: pathlib.Path) -> float:
-    """Training images per second of a run, its steps weighed by their time."""
-    lines = [json.loads(line) for line in (run / "timings.jsonl").read_text().splitlines()]
-    config: Config = load_run(run)[0]
-    return round(lines[-1]["step"] * config.optim.batch_size / lines[-1]["elapsed_s"], 1)
 
 
 def _write_half(whole: PreparedData, root: pathlib.Path, name: str) -> None:

@@ -5,8 +5,9 @@ import pytest
 import torch
 import widths
 
-from oat_dist.config import fingerprint
+from oat_dist.config import Config, ModelConfig, fingerprint
 from oat_dist.config_io import load_config
+from oat_dist.cost import forward_flops
 from oat_dist.models import build_model
 
 
@@ -30,5 +31,11 @@ def test_a_step_of_all_widths_is_measured_beside_steps_of_each_alone():
     rows = widths.cost_rows("resnet8", (0.5, 1.0), batch_size=12, rounds=1, size=8, device=cpu)
     assert [row["widths"] for row in rows] == ["all", "0.5", "1"]
     whole, *alone = (row["step_ms"] for row in rows)
+    narrow, wide = (
+        forward_flops(build_model(Config(model=ModelConfig(channels=c)), in_channels=3, num_classes=10), (3, 8, 8))
+        for c in ((8, 8, 16, 32), (16, 16, 32, 64))
+    )
+    share = narrow / wide
     assert rows[0]["all_over_sum_median"] == pytest.approx(whole / sum(alone), rel=0.01)
-    assert rows[1]["all_over_sum_median"] is None
+    assert rows[0]["all_over_flops_median"] == pytest.approx(whole / (alone[1] * (1 + share)), rel=0.01)
+    assert rows[1]["all_over_sum_median"] is rows[1]["all_over_flops_median"] is None

@@ -93,6 +93,8 @@ def test_every_width_is_measured_with_what_it_costs(run, capsys):
     whole, narrow = report["widths"]
     assert narrow["parameters"] == sum(p.numel() for p in cut_out(runs.load_run(run)[1], 0.5).parameters())
     assert whole["forward_flops"] > 3 * narrow["forward_flops"]
+    figure = next(run.glob("eval/*.svg")).read_text()
+    assert all(f"<!-- {name} -->" in figure for name in ("width 0.5", "width 1", "RA, width 0.5"))
     printed = capsys.readouterr().out
     assert f"{narrow['parameters']:,}" in printed and "MFLOPs" in printed
     evaluate.main(["--run", str(run), "--lambdas", "1", "--steps", "1", "--widths", "0.5"])
