@@ -97,3 +97,15 @@ def test_the_run_of_a_network_that_is_never_wrong_is_drawn_without_a_division_by
     config = dataclasses.replace(run.config, attack=dataclasses.replace(run.config.attack, norm="l2", eps_255=0.0))
     found = gallery(dataclasses.replace(run, config=config), read_images(run), CPU, num_images=2, num_bytes=BYTES)
     assert found["gain"] == 1.0 and np.array_equal(*pixels(found)[[0, 1]])
+
+
+@pytest.mark.gpu
+def test_a_gpu_makes_the_gallery_of_the_cpu(shown_runs):
+    found = []
+    for device in (CPU, torch.device("cuda")):
+        run = open_finished(shown_runs[0])
+        found.append(gallery(run, read_images(run), device, num_images=5, num_bytes=BYTES))
+    for name in ("clean", "attacked"):
+        one, other = (np.array(each[name]["confidence"]) for each in found)
+        assert np.abs(one - other).max() < 1e-2
+    assert found[0]["index"] == found[1]["index"] and found[0]["clean"]["answer"] == found[1]["clean"]["answer"]
