@@ -1,4 +1,4 @@
-# make train | test | lint | bench | gpu-check | setup | clean     FFCV=0 leaves FFCV out (remembered)     ARGS="..." to the script
+# make train | test | test-faults | lint | bench | gpu-check | setup | clean     FFCV=0 leaves FFCV out (remembered)     ARGS="..." to the script
 PYTHON ?= python3
 FFCV ?=
 CONFIG ?= launch/configs/digits.yaml
@@ -6,7 +6,7 @@ ARGS ?=
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup train test lint bench gpu-check clean
+.PHONY: setup train test test-faults lint bench gpu-check clean
 
 setup:
 	@PYTHON="$(PYTHON)" FFCV="$(FFCV)" sh launch/setup.sh
@@ -15,8 +15,13 @@ train: setup
 	deepspeed launch/train.py --config $(CONFIG) $(ARGS)
 
 test: setup
+	@sh launch/setup_cluster.sh
 	@sh tests/browser.sh
 	python -m pytest $(ARGS)
+
+# Twenty kills at random steps; `test` has four.
+test-faults: setup
+	FAULTS_KILLS=20 python -m pytest tests/launch/test_faults.py -k killed $(ARGS)
 
 lint: setup
 	ruff check .

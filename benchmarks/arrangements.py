@@ -95,7 +95,7 @@ def draw_batches(setting: Setting) -> Iterator[tuple[int, Batch, Tensor]]:
 def ours(setting: Setting) -> Step:
     """A step as `oat_dist.trainer` takes it, on one rank and without accumulation."""
     config, network = setting.config, _network(setting, setting.config)
-    optimizer = build_optimizer(network.parameters(), config.optim)
+    optimizer = build_optimizer(network, config.optim)
     batches = draw_batches(setting)
     replay = graph_replay(config.engine.cuda_graph, setting.device, name="attack")
 
@@ -131,7 +131,7 @@ def c(setting: Setting) -> Step:
     conditioning = dataclasses.replace(setting.config.conditioning, film="none", norm="single")
     config = dataclasses.replace(setting.config, conditioning=conditioning)
     network = _network(setting, config)
-    optimizer = build_optimizer(network.parameters(), config.optim)
+    optimizer = build_optimizer(network, config.optim)
     batches = draw_batches(setting)
     cond = network.condition(torch.zeros(config.optim.batch_size))
 
@@ -219,7 +219,7 @@ def _published_step(setting: Setting, *, is_modern: bool) -> Step:
         # Three sets of shapes (clean, attack, adversarial), each compiled for itself.
         forward = torch.compile(forward, dynamic=False)
         autocast = lambda: _autocast(setting)  # noqa: E731
-    optimizer = build_optimizer(twin.parameters(), config.optim)
+    optimizer = build_optimizer(twin, config.optim)
     batches, plan = draw_batches(setting), attack_plan(config)
 
     def step(clock: Stopwatch) -> None:

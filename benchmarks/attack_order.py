@@ -39,7 +39,7 @@ def main() -> None:
     loader = TrainLoader(data, config, rank=0, ranks=1, device=CPU)
     sampler = LambdaSampler(config.conditioning, seed=args.seed, batch_size=128, steps_per_epoch=loader.steps_per_epoch)
     network = build_model(config, in_channels=1, num_classes=10)
-    optimizer = build_optimizer(network.parameters(), config.optim)
+    optimizer = build_optimizer(network, config.optim)
     total = args.epochs * loader.steps_per_epoch
     ratios, moved, step = [], [], 0
     for epoch in range(args.epochs):
@@ -72,7 +72,7 @@ def adversarial(network, batch, lam_N, config, epoch):
     """Adversarial images of those with lambda > 0."""
     cond = network.condition(lam_N)
     attacked = slice(cond.num_zero, None)
-    frozen = network.freeze(cond).images(attacked)
+    frozen = network.freeze(cond.attacked())
     return attack_images(
         network, frozen, batch.image_NCHW[attacked], batch.label_N[attacked], batch.index_N[attacked],
         config=config, epoch=epoch,

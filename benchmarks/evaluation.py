@@ -3,9 +3,10 @@
     python benchmarks/evaluation.py --run runs/<run> [--images 256] [--rounds 3] [--threads 1] [--docs]
 
 The plain loop does the same attack from the same starts, for one lambda and batch after the other, on all images,
-through the conditional forward, and looks at every iterate, all in float32. `ours` is `oat_dist.evaluation.run_plan`;
-`checks` adds the self-checks of a report; `bf16` takes gradients in bfloat16. Writes
-benchmarks/results/evaluation_<model>.csv.
+through the conditional forward, and looks at every iterate, all in float32. `ours` is `oat_dist.evaluation.run_plan`
+in the batches of launch/evaluate.py; with --checks there is a row with the self-checks of a report, with --bf16 one
+with gradients in bfloat16. Seconds are those of the processor on a CPU, which other programs may use too, and of the
+clock on the wall on a GPU. Writes benchmarks/results/evaluation_<model>.csv.
 """
 
 import argparse
@@ -28,6 +29,9 @@ from oat_dist.evaluation.loop import ROBUST
 from oat_dist.models.network import ConditionalNetwork
 from oat_dist.random import draw_keys
 from oat_dist.runs import load_run
+
+BATCH_SIZE = 512
+"""The default of launch/evaluate.py."""
 
 
 def plain_loop(network: ConditionalNetwork, batches: Sequence[Batch], plan: Plan) -> Tensor:
@@ -80,9 +84,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--run", required=True, help="folder of a finished run")
     parser.add_argument("--data-root", help="folder of the prepared data sets; default: that of training")
     parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=128, help="of the plain loop")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--checks", action="store_true", help="with self-checks too")
     parser.add_argument("--bf16", action="store_true", help="gradients in bfloat16 too")
     parser.add_argument("--docs", action="store_true", help="put the table into docs/reproduction.md")
     args = parser.parse_args(argv)
@@ -91,20 +96,22 @@ def main(argv: Sequence[str]) -> None:
     config, network = load_run(args.run)
     network.to(world.device)
     data = open_prepared(args.data_root or config.data.root, config.data.dataset)
-    batches = evaluation_batches(
-        data, "test", config.data, args.batch_size, device=world.device, num_images=args.images
+    batches, plain_batches = (
+        evaluation_batches(data, "test", config.data, size, device=world.device, num_images=args.images)
+        for size in (BATCH_SIZE, args.batch_size)
     )
     attack = EvaluationAttack(eps=config.attack.eps, norm=config.attack.norm, steps=20)
     plans = {"ours": Plan(lambdas=PAPER_LAMBDAS, attack=attack)}
     if args.bf16:
         plans["bf16"] = Plan(lambdas=PAPER_LAMBDAS, attack=attack, precision="bf16")
     found: dict[str, Tensor] = {}
+    clock = time.process_time if world.device.type == "cpu" else time.perf_counter
 
     def timed(name: str, work: Callable[[], Tensor]) -> float:
-        start = time.perf_counter()
+        start = clock()
         found[name] = work()
         wait_for(world.device)
-        return time.perf_counter() - start
+        return clock() - start
 
     def ours(plan: Plan, checks: bool = False) -> Tensor:
         outcome: Outcome = run_plan(network, batches, plan, world=world)
@@ -112,13 +119,15 @@ def main(argv: Sequence[str]) -> None:
             self_checks(network, batches, outcome, world=world)
         return outcome.code_CM == ROBUST
 
-    runs = {"plain": lambda: timed("plain", lambda: plain_loop(network, batches, plans["ours"]))}
+    runs = {"plain": lambda: timed("plain", lambda: plain_loop(network, plain_batches, plans["ours"]))}
     runs |= {name: lambda n=name, p=plan: timed(n, lambda: ours(p)) for name, plan in plans.items()}
-    runs["checks"] = lambda: timed("checks", lambda: ours(plans["ours"], checks=True))
+    if args.checks:
+        runs["checks"] = lambda: timed("checks", lambda: ours(plans["ours"], checks=True))
     seconds = in_turns(runs, args.rounds)
     rows = [_row(name, seconds[name], seconds["plain"], found[name], found["plain"]) for name in runs]
     about = {"model": config.model.name, "dataset": data.name, "test_images": sum(len(b.label_N) for b in batches)}
-    about |= {"attack": attack.name, "batch_size": args.batch_size, "rounds": args.rounds}
+    about |= {"attack": attack.name, "plain_batch_size": args.batch_size, "batch_size": BATCH_SIZE}
+    about |= {"rounds": args.rounds, "clock": "processor" if clock is time.process_time else "wall"}
     conditions = about | environment(world.device)
     text = f"{markdown(rows)}\n\n{describe(conditions)}"
     print(text)

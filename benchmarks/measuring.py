@@ -4,14 +4,26 @@ import pathlib
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from table import cpu_bf16_instructions
 
+from oat_dist.stopwatch import Stopwatch, status_mib
+
+__all__ = [
+    "PeakMemory",
+    "Stopwatch",
+    "choose_precision",
+    "has_bf16",
+    "in_turns",
+    "last_line_of",
+    "ratios",
+    "spread",
+    "wait_for",
+]
+
 _MIB = 2**20
-_STATUS = pathlib.Path("/proc/self/status")
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -32,40 +44,6 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class Stopwatch:
-    """Splits the time of steps into named phases; on a GPU by events in its queue, so that nothing waits."""
-
-    def __init__(self, device: torch.device) -> None:
-        """Stop nothing yet."""
-        self._is_gpu = device.type == "cuda"
-        self._marks: list[tuple[str | None, torch.cuda.Event | float]] = []
-
-    def start(self) -> None:
-        """Begin a step; what lies between the last step and this one is counted nowhere."""
-        self._marks.append((None, self._now()))
-
-    def mark(self, phase: str) -> None:
-        """All since the last call belongs to `phase`."""
-        self._marks.append((phase, self._now()))
-
-    def read_ms(self) -> dict[str, float]:
-        """Milliseconds of each phase since the last call, summed over steps; the device must have been waited for."""
-        total: dict[str, float] = {}
-        for (_, before), (phase, after) in zip(self._marks, self._marks[1:], strict=False):
-            if phase is not None:
-                ms = before.elapsed_time(after) if self._is_gpu else 1000 * (after - before)
-                total[phase] = total.get(phase, 0.0) + ms
-        self._marks = []
-        return total
-
-    def _now(self) -> torch.cuda.Event | float:
-        if not self._is_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
 class PeakMemory:
     """Largest memory of a stretch of this process: allocator statistics on a GPU, growth of resident memory on a CPU.
 
@@ -78,7 +56,7 @@ class PeakMemory:
         self._before = 0.0
         if device.type != "cuda":
             _touch_libraries()
-            self._before = _status_mib("VmRSS")
+            self._before = status_mib("VmRSS")
 
     def restart(self) -> None:
         """Forget the peak so far (first steps compile, tune and capture)."""
@@ -97,7 +75,7 @@ class PeakMemory:
                 "peak_mib": torch.cuda.max_memory_allocated(self._device) / _MIB,
                 "reserved_mib": torch.cuda.max_memory_reserved(self._device) / _MIB,
             }
-        return {"peak_mib": _status_mib("VmHWM") - self._before}
+        return {"peak_mib": status_mib("VmHWM") - self._before}
 
 
 def in_turns(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -148,8 +126,3 @@ def _touch_libraries() -> None:
     for memory_format in (torch.contiguous_format, torch.channels_last):
         network(torch.rand(2, 16, 8, 8).contiguous(memory_format=memory_format)).sum().backward()
         optimizer.step()
-
-
-def _status_mib(key: str) -> float:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{key}:"))
-    return int(line.split()[1]) / 1024

@@ -124,16 +124,18 @@ class Table:
         root, name = pathlib.Path(self.base.data.root), self.base.data.dataset
         labelled, extra = f"{name}-half", f"{name}-half-extra"
         whole = open_data(self.base)
+        # An archive does not know how its images may be moved.
+        settings = {"data.dataset": labelled, "data.shift_pixels": whole.shift_pixels, "data.flip": whole.flip}
         if not (root / labelled / "dataset.json").exists():
             _write_half(whole, root, labelled)
         if not (root / extra / "dataset.json").exists():
             # As many steps as on all images.
-            teacher = {"name": labelled, "data.dataset": labelled, "optim.epochs": 2 * self.base.optim.epochs}
-            config = load_config(self.argv, {**teacher, **alone(0.0)})
+            teacher = {"name": labelled, "optim.epochs": 2 * self.base.optim.epochs}
+            config = load_config(self.argv, {**teacher, **settings, **alone(0.0)})
             run = find_trained(config, open_data(config)) or train(config, self.world)
             pseudo_label.main([f"--run={run}", f"--images=npz:{root / labelled}.npz", f"--name={extra}",
                                f"--out={root}"])  # fmt: skip
-        return {"data.dataset": labelled, "data.extra": extra}
+        return settings | {"data.extra": extra}
 
 
 def images_per_s(run: pathlib.Path) -> float:

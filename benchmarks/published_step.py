@@ -12,6 +12,7 @@ Letters: N images, A of them (the last) with lambda > 0, C channels, E encoding 
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,20 @@ from oat_dist.attacks import evaluation_mode
 from oat_dist.models.network import ConditionalNetwork
 from oat_dist.models.norm import FiLMDualBN2d
 from oat_dist.models.preact_resnet import PreActResNet
+
+
+class Told(NamedTuple):
+    """What every layer is told; ours look at the width and the noise."""
+
+    code_NE: Tensor
+    """Codes of all rows."""
+    num_zero: int
+    """How many of the first rows have lambda = 0."""
+    width: float = 1.0
+    """All channels take part."""
+    noise: None = None
+    """Weights have none."""
+
 
 Forward = Callable[[Tensor, Tensor, int], Tensor]
 """(images [N, C, H, W], codes [N, E], number of images with lambda = 0) -> logits [N, K]."""
@@ -43,9 +58,9 @@ class PublishedSite(nn.Module):
             self.norms.append(norm)
         self.film = copy.deepcopy(site.film)
 
-    def forward(self, x: Tensor, told: tuple[Tensor, int], residual: Tensor | None = None, relu: bool = True) -> Tensor:
-        """Normalise under (codes of all rows, how many of the first rows have lambda = 0)."""
-        code_NE, num_zero = told
+    def forward(self, x: Tensor, told: Told, residual: Tensor | None = None, relu: bool = True) -> Tensor:
+        """Normalise under the codes of all rows and the number of the first rows with lambda = 0."""
+        code_NE, num_zero = told.code_NE, told.num_zero
         if len(self.norms) == 1 or num_zero == len(x):
             out = self.norms[0](x)
         elif num_zero == 0:
@@ -75,7 +90,7 @@ def published(network: ConditionalNetwork) -> ConditionalNetwork:
 
 def published_forward(twin: ConditionalNetwork) -> Forward:
     """The forward pass of a network that `published` gave, without what our network does to its input."""
-    return lambda x, code_NE, num_zero: twin._logits(x, (code_NE, num_zero))
+    return lambda x, code_NE, num_zero: twin._logits(x, Told(code_NE, num_zero))
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
     python launch/evaluate.py --run RUN --lambdas 0 0.05 0.1 1 --attack autoattack pgd-50x5 cw-20 --eps-255 8
     python launch/evaluate.py --run RUN --attack pgd-20 --attack-lambdas --random-lambda 10
     python launch/evaluate.py --run RUN --target-sa 0.90
+    python launch/evaluate.py --run RUN --widths 0.5 0.75 1               of a slimmable network (model.widths)
 
 Writes RUN/eval/<split>_<attack>_<norm>_eps<eps>.json with a figure beside it (numbered when that exists), and prints a
 table. The same command goes on after a kill.
@@ -38,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
     through = None if args.attack_lambdas is None else tuple(sorted(set(args.attack_lambdas or lambdas)))
     for name, values in (("--lambdas", lambdas), ("--attack-lambdas", through or ())):
         require(all(0 <= lam <= 1 for lam in values), name, values, "every lambda must lie in [0, 1]")
+    widths = _widths(args, network, has_target=wants is not None)
     attack = _attack(args, config)
     reading = {"loader": args.loader, "root": args.data_root}
     data_config: DataConfig = dataclasses.replace(config.data, **{k: v for k, v in reading.items() if v is not None})
@@ -50,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
         stem = _stem(args, args.split, data, attack, world)
         chosen = {}
         if wants:
-            chosen = _choose(args, config, network, data, attack, lambdas, wants, world)
+            chosen = _choose(args, config, network, data, attack, lambdas, wants, widths, world)
             lambdas = (chosen["lam"],)
         plan = Plan(
             lambdas=lambdas,
@@ -62,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
         )
         measure(
             network, data, plan, config=config, split=args.split, batch_size=args.batch_size, world=world, stem=stem,
-            num_images=args.num_images, more={"chosen": chosen} if chosen else None,
+            widths=widths, num_images=args.num_images, more={"chosen": chosen} if chosen else None,
         )  # fmt: skip
 
 
@@ -71,6 +73,7 @@ def _parser() -> ArgumentParser:
     add = parser.add_argument
     add("--run", required=True, help="folder of a finished run")
     add("--lambdas", type=float, nargs="+", help="values in [0, 1]; default: those of the run")
+    add("--widths", type=float, nargs="+", help="of model.widths; default: those of the run, with a target the largest")
     add("--attack", nargs="+", default=["pgd"], metavar="NAME",
         help="pgd, cw, mim, pgd-t, each with -STEPS[xRESTARTS]; autoattack, apgd-ce, apgd-t, fab-t, square; an image "
         "must withstand all")  # fmt: skip
@@ -130,26 +133,48 @@ def _attack(args: argparse.Namespace, config: Config) -> EvaluationAttack | Atta
 
 def _choose(
     args: argparse.Namespace, config: Config, network: ConditionalNetwork, data: PreparedData,
-    attack: EvaluationAttack | AttackList, lambdas: Sequence[float], key: str, world: World,
+    attack: EvaluationAttack | AttackList, lambdas: Sequence[float], key: str, widths: Sequence[float], world: World,
 ) -> dict:  # fmt: skip
     """What a report says of the lambda that was chosen on validation: by which target, from which points."""
-    target = getattr(args, f"target_{key}")
+    target, (width,) = getattr(args, f"target_{key}"), widths
     reading = {"batch_size": args.batch_size, "num_images": args.num_images}
     if key == "sa":
         # Lambdas without the accuracy need no attack.
         batches = evaluation_batches(data, "val", config.data, device=world.device, **reading)
         clean = AttackList("clean", attack.norm, attack.eps, ())
-        lambdas = [
-            point["lam"] for point in meeting(evaluate(network, batches, lambdas, clean, world=world), key, target)
-        ]
+        points = evaluate(network, batches, lambdas, clean, world=world, width=width)
+        lambdas = [point["lam"] for point in meeting(points, key, target)]
     run = pathlib.Path(args.run)
-    points = world.on_main(lambda: measured_before(run, lambdas, attack, data, "val", args.num_images))
+    points = world.on_main(lambda: measured_before(run, lambdas, attack, data, "val", args.num_images, width))
     if points is None:
         plan = Plan(lambdas=tuple(lambdas), attack=attack, precision=args.precision, seed=config.seed)
         stem = _stem(args, "val", data, attack, world)
-        report = measure(network, data, plan, config=config, split="val", world=world, stem=stem, quiet=True, **reading)
+        report = measure(
+            network,
+            data,
+            plan,
+            config=config,
+            split="val",
+            world=world,
+            stem=stem,
+            widths=widths,
+            quiet=True,
+            **reading,
+        )
         points = report["points"]
     return {**choose(points, key, target), "target": {key: target}, "split": "val", "points": points}
+
+
+def _widths(args: argparse.Namespace, network: ConditionalNetwork, *, has_target: bool) -> tuple[float, ...]:
+    """Widths to measure, the largest first."""
+    default = (1.0,) if has_target else network.slimming.widths
+    widths = tuple(sorted(set(args.widths or default), reverse=True))
+    for width in widths:
+        network.slimming.require(width, "--widths")
+    require(not (has_target and len(widths) > 1), "--widths", widths, "must be one, for which lambda is chosen")
+    expected = "does not go with weight noise (conditioning.kind=float), which is drawn for every lambda by itself"
+    require(not (args.random_lambda and network.is_stochastic), "--random-lambda", args.random_lambda, expected)
+    return widths
 
 
 def _stem(

@@ -1,6 +1,7 @@
 """Checkpoints of a run: complete, atomic, checked, few.
 
     <run>/checkpoints/step_00000330/  state.json  network.safetensors  averaged.safetensors  optimizer.safetensors
+    <run>/checkpoints/step_00000341_within_epoch/  the same; from a run that was told to stop
 
 A checkpoint is written into a temporary folder that is renamed when it is complete, so a killed run leaves whole ones
 only. `state.json` carries the sha256 of every file; a damaged checkpoint is passed over, with a warning, for the one
@@ -23,6 +24,7 @@ from oat_dist.errors import UserError
 from oat_dist.weights import read_tensors
 
 _STATE = "state.json"
+_WITHIN = "_within_epoch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,8 @@ class CheckpointStore:
         """Copy the parts to the host and write them in the background.
 
         Args:
-            state: Must hold "step"; JSON values.
+            state: Must hold "step"; JSON values. A true "within_epoch" marks what a stopped run leaves between two
+                epochs: it is kept until the next checkpoint, in addition to those that `keep` counts.
             parts: Name of the part -> name -> tensor.
 
         Raises:
@@ -91,14 +94,17 @@ class CheckpointStore:
             reason = (error.strerror or error) if isinstance(error, OSError) else error
             raise UserError(f"{self.folder}: cannot write a checkpoint: {reason}; older ones are kept") from error
 
-    def newest(self) -> Checkpoint | None:
+    def newest(self, *, whole_epochs: bool = False) -> Checkpoint | None:
         """The newest checkpoint that is not damaged, after the one being written; None when there never was one.
+
+        Args:
+            whole_epochs: Pass over those from within an epoch.
 
         Raises:
             UserError: There are checkpoints, and all are damaged; or the last one could not be written.
         """
         self.wait()
-        folders = sorted(self.folder.glob("step_*"), reverse=True)
+        folders = sorted(self._whole() if whole_epochs else self.folder.glob("step_*"), reverse=True)
         damaged = []
         for folder in folders:
             problem = _problem(folder)
@@ -115,7 +121,7 @@ class CheckpointStore:
         return None
 
     def _write(self, state: dict, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        name = f"step_{state['step']:08d}"
+        name = f"step_{state['step']:08d}" + (_WITHIN if state.get("within_epoch") else "")
         temporary = self.folder / f".{name}"
         try:
             self._remove_unfinished()
@@ -131,11 +137,16 @@ class CheckpointStore:
             if final.exists():  # written before a resume from an older one
                 shutil.rmtree(final)
             temporary.rename(final)
-            for old in sorted(self.folder.glob("step_*"))[: -self.keep]:
-                shutil.rmtree(old)
+            for old in [*self._whole()[: -self.keep], *self.folder.glob(f"step_*{_WITHIN}")]:
+                if old != final:
+                    shutil.rmtree(old)
         except Exception as error:
             self._error = error
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def _whole(self) -> list[pathlib.Path]:
+        """Folders of checkpoints between epochs, oldest first."""
+        return sorted(folder for folder in self.folder.glob("step_*") if not folder.name.endswith(_WITHIN))
 
     def _remove_unfinished(self) -> None:
         """Remove what a killed process left."""

@@ -1,31 +1,28 @@
 """The configuration of a run: all sections, the checks between them, and what names a run.
 
 Standard library only, nothing is read and no device is touched. `config_io.py` fills the tree from YAML and the command
-line; the settings themselves are in `settings.py`.
+line; the settings themselves are in `settings.py`, `network_settings.py` and `running_settings.py`.
 """
 
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from oat_dist.errors import require
+from oat_dist.network_settings import PAPER_LAMBDAS, ConditioningConfig, ModelConfig
+from oat_dist.running_settings import CheckpointConfig, EngineConfig, LoggingConfig
 from oat_dist.settings import (
-    PAPER_LAMBDAS,
     AttackConfig,
-    CheckpointConfig,
-    ConditioningConfig,
     DataConfig,
-    EngineConfig,
     EvaluationConfig,
-    LoggingConfig,
     LossConfig,
-    ModelConfig,
     OptimConfig,
     default_step_size,
 )
 
 __all__ = [
+    "DEFAULTS_VERSION",
     "PAPER_LAMBDAS",
     "AttackConfig",
     "CheckpointConfig",
@@ -41,8 +38,13 @@ __all__ = [
     "computed_settings",
     "default_step_size",
     "fingerprint",
+    "of_one_width",
     "to_dict",
 ]
+
+
+DEFAULTS_VERSION = 1
+"""To be raised when the default of a setting changes: runs are named by the settings that differ from the defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,11 @@ class Config:
         require(0 <= self.seed < 2**31, "seed", self.seed, "must lie in [0, 2^31)")
         expected = f"must be at least engine.accumulation={self.engine.accumulation}"
         require(self.optim.batch_size >= self.engine.accumulation, "optim.batch_size", self.optim.batch_size, expected)
+        ok = not self.loss.distill_widths or len(self.model.widths) > 1
+        require(ok, "loss.distill_widths", self.loss.distill_widths, "needs several model.widths")
+        expected = "needs conditioning.kind=float; nothing else draws noise"
+        ok = self.evaluation.noise_draws is None or self.conditioning.kind == "float"
+        require(ok, "evaluation.noise_draws", self.evaluation.noise_draws, expected)
         expected = f"must leave data.dataset at least one of the optim.batch_size={self.optim.batch_size} images"
         require(self.num_extra < self.optim.batch_size, "data.extra_share", self.data.extra_share, expected)
 
@@ -108,19 +115,25 @@ def to_dict(config: Config) -> dict:
     return json.loads(json.dumps(asdict(config)))
 
 
+def of_one_width(config: Config) -> Config:
+    """A configuration without the widths below 1, and what only they have."""
+    model = replace(config.model, widths=(1.0,), width_rule="all", width_heads=False)
+    return replace(config, model=model, loss=replace(config.loss, distill_widths=False))
+
+
 def computed_settings(config: Config) -> dict[str, object]:
     """Dotted key -> value of the settings that decide what is computed.
 
-    Left out are names, folders, how often something is logged or saved, and what makes no difference beyond rounding:
-    loader, threads, and whether a CUDA graph is recorded. Running statistics are averaged over ranks at every
-    checkpoint, but a run on one rank, or with shared statistics, is the same with any interval.
+    Left out are names, folders, how often something is logged or saved, time limits, and what makes no difference
+    beyond rounding: loader, threads, overlap, and whether a CUDA graph is recorded. Running statistics are averaged
+    over ranks at every checkpoint, but a run on one rank, or with shared statistics, is the same with any interval.
     """
     settings = to_dict(config)
     for key in ("name", "output_dir", "logging", "checkpoint"):
         del settings[key]
     for key in ("root", "loader", "workers"):
         del settings["data"][key]
-    for key in ("threads", "cuda_graph"):
+    for key in ("threads", "cuda_graph", "overlap_comm", "hang_timeout_s"):
         del settings["engine"][key]
     flat = {}
     for key, value in settings.items():
@@ -129,5 +142,11 @@ def computed_settings(config: Config) -> dict[str, object]:
 
 
 def fingerprint(config: Config) -> str:
-    """Eight hexadecimal digits that name what is computed."""
-    return hashlib.sha256(json.dumps(computed_settings(config), sort_keys=True).encode()).hexdigest()[:8]
+    """Eight hexadecimal digits that name what is computed.
+
+    Settings that have their default take no part, so that a run is still found when newer code has more settings.
+    """
+    default = computed_settings(Config())
+    settings = {key: value for key, value in computed_settings(config).items() if value != default[key]}
+    text = json.dumps([DEFAULTS_VERSION, settings], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -105,12 +105,14 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     return from_dict(tree, type(config))
 
 
-def _build(cls: type, settings: Mapping[str, Any]) -> Any:
+def _build(cls: type, settings: Mapping[str, Any], prefix: str = "") -> Any:
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in settings.items():
         if dataclasses.is_dataclass(hints[key]):
-            values[key] = _build(hints[key], value)
+            values[key] = _build(hints[key], value, f"{prefix}{key}.")
+        elif value is None and types.NoneType not in typing.get_args(hints[key]):  # jsonargparse lets it pass
+            raise UserError(f"{prefix}{key}=null: expected {_type_name(hints[key])}")
         else:
             values[key] = tuple(value) if isinstance(value, list) else value
     return cls(**values)
@@ -152,6 +154,8 @@ def _check_keys(path: pathlib.Path, cls: type) -> None:
         settings = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}; name an existing YAML file") from None
+    except RecursionError:
+        raise UserError(f"--config {path}: nested too deeply") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not valid YAML: {_one_line(str(error), cls)}") from None
     if not isinstance(settings, dict):

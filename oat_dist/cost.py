@@ -12,12 +12,16 @@ Objectives with more to do say so (`oat_dist.losses.Objective`): passes before t
 views in the training forward (3 each), and gradients to images within the loss: one more backward pass of the whole
 training forward and, to be differentiated, two more, so 6 instead of 3.
 
+With several widths a step does all this for each of them (of the sandwich rule: for those it chooses, on average), and
+a narrower one counts by its share of the FLOPs of the whole network.
+
 FLOPs are 2 per multiply-add of convolutions and the classifier. Norms, activations and the FiLM generators, which run
 once per step on the distinct lambdas, are left out, as are the evaluation at the end and the checks of attack.guard.
 """
 
 import copy
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +30,13 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from oat_dist.config import Config
+from oat_dist.config import ConditioningConfig, Config, ModelConfig, of_one_width
 from oat_dist.data import open_prepared
+from oat_dist.export import cut_out
 from oat_dist.losses import attack_plan, robust_term
 from oat_dist.models import build_model
 from oat_dist.models.network import ConditionalNetwork
+from oat_dist.models.slimming import widths_per_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,8 @@ class TrainingCost:
     """Forward units for one image of a training batch."""
     images: int
     """Images of all batches of the run, those of `data.extra` with them."""
+    widths: Sequence[Mapping[str, float]]
+    """`width_costs` of the network."""
 
     @property
     def units(self) -> float:
@@ -96,8 +104,7 @@ def training_cost(
     Returns:
         The cost; shares of lambda are the configured ones, a batch rounds its number of zeros up.
     """
-    plain_conditioning = dataclasses.replace(config.conditioning, film="none", norm="single")
-    plain = dataclasses.replace(config, conditioning=plain_conditioning)
+    plain = _plain(config)
     networks = [build_model(c, in_channels=in_channels, num_classes=num_classes) for c in (config, plain)]
     attacked = 1 - config.conditioning.mass_at_zero
     clean = 1 if config.loss.clean_at_one else 1 - config.conditioning.mass_at_one
@@ -105,27 +112,63 @@ def training_cost(
     attack_units = 2 * attack_plan(config).steps + sum(objective.attack.preparation)
     training_units = (6 if objective.has_input_gradient else 3) * (clean + attacked * objective.views)
     batches = config.optim.epochs * config.steps_per_epoch(num_train_images)
+    widths = width_costs(networks[0], (in_channels, *image_size))
     return TrainingCost(
         parameters=_num_parameters(networks[0]),
         plain_parameters=_num_parameters(networks[1]),
-        forward_flops=forward_flops(networks[0], (in_channels, *image_size)),
-        units_per_image=attacked * attack_units + training_units,
+        forward_flops=widths[0]["forward_flops"],
+        units_per_image=(attacked * attack_units + training_units) * _of_widths(config.model, widths),
         images=batches * config.optim.batch_size,
+        widths=widths,
     )
 
 
-def forward_flops(network: ConditionalNetwork, image_shape: tuple[int, int, int]) -> int:
+def forward_flops(network: ConditionalNetwork, image_shape: tuple[int, int, int], width: float = 1.0) -> int:
     """FLOPs of one forward pass of one image, counted on shapes alone.
+
+    Args:
+        network: Any conditional network; it stays as it is.
+        image_shape: (C, H, W).
+        width: One of its widths.
+    """
+    shadow = copy.deepcopy(network).to("meta")
+    frozen = shadow.freeze(shadow.condition(torch.zeros(1), width=width))
+    with FlopCounterMode(display=False) as counter:
+        shadow.attack_logits(torch.empty(1, *image_shape, device="meta"), frozen)
+    return counter.get_total_flops()
+
+
+def width_costs(network: ConditionalNetwork, image_shape: tuple[int, int, int]) -> list[dict]:
+    """{"width", "parameters", "forward_flops"} of the network that each width makes, cut out; the largest first.
 
     Args:
         network: Any conditional network; it stays as it is.
         image_shape: (C, H, W).
     """
     shadow = copy.deepcopy(network).to("meta")
-    frozen = shadow.freeze(shadow.condition(torch.zeros(1)))
-    with FlopCounterMode(display=False) as counter:
-        shadow.attack_logits(torch.empty(1, *image_shape, device="meta"), frozen)
-    return counter.get_total_flops()
+    return [
+        {
+            "width": width,
+            "parameters": _num_parameters(cut_out(shadow, width)),
+            "forward_flops": forward_flops(shadow, image_shape, width),
+        }
+        for width in reversed(network.slimming.widths)
+    ]
+
+
+def _plain(config: Config) -> Config:
+    """The network without conditioning, of one width."""
+    conditioning = ConditioningConfig(lambdas=(0.0,), film="none", norm="single")
+    evaluation = dataclasses.replace(config.evaluation, noise_draws=None)
+    return dataclasses.replace(of_one_width(config), conditioning=conditioning, evaluation=evaluation)
+
+
+def _of_widths(cfg: ModelConfig, costs: Sequence[Mapping[str, float]]) -> float:
+    """FLOPs of one forward pass of every width of a step, in those of the whole network."""
+    first, *middle = (cost["forward_flops"] / costs[0]["forward_flops"] for cost in costs)
+    last = middle.pop() if middle else 0.0
+    chosen = (widths_per_step(cfg) - 2) / len(middle) if middle else 0.0
+    return first + chosen * sum(middle) + last
 
 
 def print_cost(config: Config) -> None:
@@ -151,6 +194,10 @@ def print_cost(config: Config) -> None:
         "parameters": f"{cost.parameters:,}",
         "parameters without conditioning": f"{cost.plain_parameters:,}",
         "GFLOPs per forward pass of an image": f"{cost.forward_flops / 1e9:.3f}",
+        **{
+            f"parameters, GFLOPs of width {of['width']:g}": f"{of['parameters']:,}, {of['forward_flops'] / 1e9:.3f}"
+            for of in cost.widths[1:]
+        },
         "forward units per training image": f"{cost.units_per_image:.2f}",
         "training images x epochs": f"{cost.images:,}",
         "forward units of the run": f"{cost.units:.3e}",

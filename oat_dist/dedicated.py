@@ -14,12 +14,12 @@ import pathlib
 from collections.abc import Sequence
 
 from oat_dist import report
-from oat_dist.config import ConditioningConfig, Config, EvaluationConfig, computed_settings, fingerprint
+from oat_dist.config import ConditioningConfig, Config, EvaluationConfig, computed_settings, fingerprint, of_one_width
 from oat_dist.data import PreparedData, open_extra
 from oat_dist.distributed import World
 from oat_dist.errors import UserError
 from oat_dist.evaluation import AttackList, EvaluationAttack, Plan
-from oat_dist.frontier import mean_points
+from oat_dist.frontier import mean_points, of_width
 from oat_dist.resume import is_finished, other_data, train_checksum
 from oat_dist.runs import free_stem, load_run
 
@@ -33,11 +33,11 @@ def dedicated_config(config: Config, lam: float, seed: int) -> Config:
         seed: Its seed.
 
     Returns:
-        A configuration whose fingerprint depends neither on the conditioning nor on the measurements of `config`: the
-        last weights count, and a measurement of its own on validation ends the run.
+        A configuration whose fingerprint depends neither on the conditioning, nor on the widths below 1, nor on the
+        measurements of `config`: the last weights count, and a measurement of its own on validation ends the run.
     """
     return dataclasses.replace(
-        config,
+        of_one_width(config),
         name=f"{config.name}-dedicated-{lam:g}",
         seed=seed,
         conditioning=ConditioningConfig(lambdas=(lam,), film="none", norm="single"),
@@ -65,7 +65,7 @@ def measure_run(
     split: str,
     world: World,
 ) -> list[dict]:
-    """Points of a finished run; every rank must call. What was measured before is read from the run's reports.
+    """Points of the whole network of a finished run; every rank must call. What was measured before is read.
 
     Args:
         run: Folder of the run.
@@ -92,6 +92,7 @@ def measure_run(
         batch_size=config.evaluation.batch_size,
         world=world,
         stem=world.on_main(lambda: free_stem(run / "eval", name)),
+        widths=(1.0,),
         quiet=True,
     )
     return measured["points"]
@@ -158,7 +159,8 @@ def read_frontier(path: pathlib.Path, config: Config, data: PreparedData, *, spl
 def recipe(config: Config) -> dict[str, object]:
     """Dotted key -> value of what dedicated and conditional networks share."""
     own = ("conditioning.", "evaluation.", "seed")
-    return {key: value for key, value in computed_settings(config).items() if not key.startswith(own)}
+    settings = computed_settings(of_one_width(config))
+    return {key: value for key, value in settings.items() if not key.startswith(own)}
 
 
 def require_same_recipe(run: pathlib.Path, config: Config) -> None:
@@ -184,22 +186,25 @@ def measured_before(
     data: PreparedData,
     split: str,
     num_images: int | None = None,
+    width: float = 1.0,
 ) -> list[dict] | None:
     """Points of a run from its reports, or None where none was measured so.
 
     Args:
-        run: Folder of a finished run.
+        run: Folder of a finished run, or of an exported width.
         lambdas: Where on the curve.
         attack: The attack.
         data: The data set.
         split: Split of it.
         num_images: Images of the split that were measured; default: all.
+        width: Share of the channels.
     """
     wanted = {"dataset": data.name, "split": split, "attack": attack.to_dict()}
     wanted["num_examples"] = data.counts[split] if num_images is None else min(num_images, data.counts[split])
-    for path in (run / "frontier.json", *sorted(run.glob("eval/*.json"))):
+    # An exported width has no measurement of its own.
+    for path in (*run.glob("frontier.json"), *sorted(run.glob("eval/*.json"))):
         found = json.loads(path.read_text())
-        points = {point["lam"]: point for point in found["points"]}
+        points = {point["lam"]: point for point in of_width(found["points"], width)}
         if wanted.items() <= found.items() and set(lambdas) <= points.keys():
             return [points[lam] for lam in lambdas]
     return None

@@ -27,6 +27,8 @@ class World:
     """Number of processes."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where this process computes."""
+    new_store: Callable[[], dist.Store] | None = None
+    """Makes one more connection to the store of all ranks, where there is one."""
 
     @property
     def is_main(self) -> bool:
@@ -45,6 +47,13 @@ class World:
         values = values.clone()
         if self.ranks > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MIN)
+        return values
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The elementwise maximum over ranks of a tensor on the device; every rank must call."""
+        values = values.clone()
+        if self.ranks > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
 
     def on_main(self, work: Callable[[], T]) -> T:
@@ -69,12 +78,23 @@ class World:
         """
         if self.ranks == 1:
             return
-        statistics = [b for net in networks for name, b in net.named_buffers() if "running_" in name]
+        statistics = _running_statistics(networks)
         flat = torch.cat([b.flatten() for b in statistics])
         dist.all_reduce(flat)
-        parts = (flat / self.ranks).split([b.numel() for b in statistics])
-        for buffer, part in zip(statistics, parts, strict=True):
-            buffer.copy_(part.view_as(buffer))
+        _fill(statistics, flat / self.ranks)
+
+    def gather_running_statistics(self, networks: Iterable[nn.Module]) -> Tensor:
+        """The running statistics of every rank, [R, F] with R ranks and F statistics; every rank must call."""
+        flat = torch.cat([b.flatten() for b in _running_statistics(networks)])
+        if self.ranks == 1:
+            return flat[None]
+        gathered = [torch.empty_like(flat) for _ in range(self.ranks)]
+        dist.all_gather(gathered, flat)
+        return torch.stack(gathered)
+
+    def set_own_running_statistics(self, networks: Iterable[nn.Module], statistics_RF: Tensor) -> None:
+        """Give networks this rank's row of what `gather_running_statistics` gave on as many ranks."""
+        _fill(_running_statistics(networks), statistics_RF[self.rank].to(self.device))
 
     def close(self) -> None:
         """Leave the process group."""
@@ -89,3 +109,12 @@ class World:
         # ranks that did not fail.
         if kind is None or self.device.type == "cpu":
             self.close()
+
+
+def _running_statistics(networks: Iterable[nn.Module]) -> list[Tensor]:
+    return [b for net in networks for name, b in net.named_buffers() if "running_" in name]
+
+
+def _fill(buffers: list[Tensor], flat: Tensor) -> None:
+    for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(part.view_as(buffer))

@@ -5,19 +5,26 @@ of the global batch), and its own division by the accumulation steps is switched
 rank or micro-batch still weigh every image the same.
 """
 
+import contextlib
 import logging
 import os
-import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from oat_dist import rendezvous
+from oat_dist.bad_steps import gradient_norm
 from oat_dist.config import Config
 from oat_dist.distributed import World
 from oat_dist.models.condition import Condition
+from oat_dist.models.slimming import widths_per_step
 from oat_dist.optim import build_optimizer
+
+_COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor",
+                "reduce_scatter", "all_to_all_single")  # fmt: skip
 
 
 def deepspeed_config(config: Config, ranks: int) -> dict:
@@ -30,14 +37,18 @@ def deepspeed_config(config: Config, ranks: int) -> dict:
     Returns:
         What `deepspeed.initialize` takes and the run folder keeps as deepspeed.json.
     """
-    parts = ranks * config.engine.accumulation
+    parts, cfg = ranks * config.engine.accumulation, config.engine
+    overlaps = torch.cuda.is_available() if cfg.overlap_comm is None else cfg.overlap_comm
     return {
         "train_micro_batch_size_per_gpu": -(-config.optim.batch_size // parts),
-        "gradient_accumulation_steps": config.engine.accumulation,
+        "gradient_accumulation_steps": config.engine.accumulation * widths_per_step(config.model),
         "gradient_clipping": config.optim.clip_norm,
         "zero_allow_untested_optimizer": True,
         # ZeRO-0 overlaps reduction with backward only when told to.
-        "zero_optimization": {"stage": config.engine.zero_stage, "overlap_comm": torch.cuda.is_available()},
+        "zero_optimization": {
+            "stage": config.engine.zero_stage,
+            "overlap_comm": overlaps,
+        },
         "torch_autocast": {"enabled": config.engine.precision == "bf16", "dtype": "bfloat16"},
         "steps_per_print": 10**9,
     }
@@ -51,16 +62,16 @@ def init_world(threads: int = 0) -> World:
 
     Returns:
         This process's place, on its GPU if the machine has any, else on the CPU.
+
+    Raises:
+        UserError: As `rendezvous.join`.
     """
     has_gpu = torch.cuda.is_available()
     if not has_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads or max(1, cores // (1 if has_gpu else local_ranks)))
@@ -68,9 +79,12 @@ def init_world(threads: int = 0) -> World:
     if has_gpu:
         torch.cuda.set_device(device)
 
-    deepspeed = _import_deepspeed()
-    deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False)
-    return World(rank=int(os.environ["RANK"]), ranks=int(os.environ["WORLD_SIZE"]), device=device)
+    rank, ranks, backend = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "nccl" if has_gpu else "gloo"
+    # Others may have joined already: Ray, and torchrun whose agent holds the store.
+    is_ours = not dist.is_initialized() and "TORCHELASTIC_RUN_ID" not in os.environ
+    new_store = rendezvous.join(backend, rank=rank, ranks=ranks) if is_ours else None
+    _import_deepspeed().init_distributed(dist_backend=backend, verbose=False)
+    return World(rank=rank, ranks=ranks, device=device, new_store=new_store)
 
 
 class Engine:
@@ -87,9 +101,13 @@ class Engine:
         self.config, self.world, self._network = config, world, network
         # DeepSpeed sends the weights of rank 0 as raw bytes, which takes plain memory.
         network.to(memory_format=torch.contiguous_format)
+        optimizer = build_optimizer(network, config.optim)
+        if config.engine.zero_stage == 0:
+            optimizer.register_step_pre_hook(self._before_update)
+        self._grad_norm: Tensor | None = None
         self._engine, self._optimizer, _, _ = _import_deepspeed().initialize(
             model=network,
-            optimizer=build_optimizer(network.parameters(), config.optim),
+            optimizer=optimizer,
             config=deepspeed_config(config, world.ranks),
         )
         # ZeRO 1 and 2 made the weights slices of flat buffers, which must stay.
@@ -103,18 +121,73 @@ class Engine:
         """The training forward of the network, under DeepSpeed's autocast."""
         return self._engine(x, cond, **kwargs)
 
-    def backward_and_step(self, loss_N: Tensor, lr: float) -> None:
-        """Backward of one micro-batch; the optimiser moves after the last micro-batch of a step.
+    def backward_and_step(self, loss_N: Tensor, lr: float, idle: Sequence[nn.Parameter] = ()) -> Tensor | None:
+        """Backward of one micro-batch at one width; the optimiser moves after the last ones of a step.
+
+        The gradients of all widths are summed, as those of slimmable networks are (Yu et al., ICLR 2019).
 
         Args:
             loss_N: Per-image losses of this rank's micro-batch.
             lr: Learning rate of the step.
+            idle: Parameters that the losses do not depend on. DeepSpeed reduces gradients from hooks on parameters, on
+                the last backward of a step alone under ZeRO 1, so that every parameter needs one in every backward.
+
+        Returns:
+            After the last of a step the norm of its gradient, equal on all ranks, before clipping with ZeRO 1 and 2 and
+            after it without; else None. Where it is not finite, the optimiser has not moved with ZeRO 1 and 2, and
+            without ZeRO if `engine.max_bad_steps` says so.
         """
         loss = loss_N.sum() * (self.world.ranks / self.config.optim.batch_size)
+        if idle:
+            loss = _WithIdle.apply(loss, *idle)
         self._engine.backward(loss, scale_wrt_gas=False)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        is_last = self._engine.is_gradient_accumulation_boundary()
         self._engine.step()
+        if is_last and self.config.engine.zero_stage:
+            norm = self._engine.get_global_grad_norm()
+            self._grad_norm = None if norm is None else torch.as_tensor(norm, dtype=torch.float64)
+        norm, self._grad_norm = self._grad_norm, None
+        return norm
+
+    def _before_update(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        """Measure the gradient, reduced over ranks; torch's optimisers leave out parameters that have none."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._grad_norm = gradient_norm([p.grad for p in parameters])
+        if self.config.engine.max_bad_steps and not self._grad_norm.isfinite():
+            for parameter in parameters:
+                parameter.grad = None
+
+    @contextlib.contextmanager
+    def metered(self, communicate: Callable[[Callable[[], Any], float], Any]) -> Iterator[None]:
+        """While the block runs, pass every collective of DeepSpeed through a function.
+
+        Args:
+            communicate: Takes the collective, to be called, and how many bytes this rank sends for it in a ring: twice
+                the tensor for a reduction to all, once for all others, less the share of one rank.
+        """
+        backend = _import_deepspeed().comm.comm.cdb
+        away, names = (self.world.ranks - 1) / self.world.ranks, [n for n in _COLLECTIVES if hasattr(backend, n)]
+
+        def through(name: str) -> Callable[..., Any]:
+            collective = getattr(backend, name)
+
+            def metered(*args: Any, **kwargs: Any) -> Any:
+                tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+                size = max((t.numel() * t.element_size() for t in tensors), default=0)
+                sent = size * away * (2 if name == "all_reduce" else 1)
+                return communicate(lambda: collective(*args, **kwargs), sent)
+
+            return metered
+
+        for name in names:
+            setattr(backend, name, through(name))
+        try:
+            yield
+        finally:
+            for name in names:
+                delattr(backend, name)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The whole optimiser state on every rank, gathered from its shards; all ranks must call.
@@ -123,6 +196,8 @@ class Engine:
             "<parameter>/<key>" -> tensor of the parameter's shape, or a scalar (AdamW's step).
         """
         state = {}
+        if self.config.engine.zero_stage and not self._optimizer.optimizer.state:
+            return state
         for name, parameter in self._network.named_parameters():
             for key in self._state_keys:
                 if self.config.engine.zero_stage:
@@ -133,6 +208,8 @@ class Engine:
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         """Set what `optimizer_state` gave, on any number of ranks and any ZeRO stage, before the first step."""
+        if not state:  # no step was taken, or none was good
+            return
         keys = self._state_keys
         scalars = {name[1:]: value for name, value in state.items() if name.startswith("/")}
         if self.config.engine.zero_stage:
@@ -167,6 +244,21 @@ class Engine:
         inner = self._optimizer.optimizer if self.config.engine.zero_stage else self._optimizer
         first = next(iter(inner.state.values()), {})  # sgd without momentum has none
         return {"step": first["step"]} if "step" in first else {}
+
+
+class _WithIdle(torch.autograd.Function):
+    """A loss, with gradients of zero to parameters that it does not depend on."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, *idle: Tensor) -> Tensor:
+        """The loss."""
+        ctx.idle = idle
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        """Its gradient, and zeros."""
+        return grad, *map(torch.zeros_like, ctx.idle)
 
 
 def _import_deepspeed():

@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user's."""
+"""The exceptions that are no fault of ours: a mistake of the user's, and a signal to end."""
 
 
 class UserError(ValueError):
@@ -9,7 +9,21 @@ class UserError(ValueError):
 
 
 class NonFiniteError(UserError):
-    """Training met a loss or a weight that is not finite, and stopped; the settings ask for too much."""
+    """Training met a loss, gradient or weight that is not finite, and stopped; the settings ask for too much."""
+
+    step: int | None = None
+    """The first bad step, where it is known."""
+
+
+class PreemptedError(Exception):
+    """A signal asked the run to end, and it did, with all that is needed to go on.
+
+    Entry scripts print it and exit with `PREEMPTED_EXIT_CODE`, on which a batch job is put back into its queue.
+    """
+
+
+PREEMPTED_EXIT_CODE = 75
+"""EX_TEMPFAIL of sysexits.h: the failure is temporary, the same command may be tried again."""
 
 
 def require(condition: bool, key: str, value: object, expected: str) -> None:

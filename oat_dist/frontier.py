@@ -6,9 +6,9 @@ already have nearly all of it, so a score would say nothing. The frame comes fro
 ends: an unconditioned network each for lambda = 0 and lambda = 1. The frontier ratio is the score of a conditional
 network over the score of the dedicated networks at the same lambdas.
 
-A point is {"lam", "sa", "ra"} and, where it is known, the confidence intervals "sa_ci" and "ra_ci" over images;
-accuracies are fractions in [0, 1]. A mean point, of several seeds, has "sa_std", "ra_std" and "seeds" too. Nothing here
-trains or reads anything.
+A point is {"lam", "sa", "ra"}, with "width" where a network has several and, where they are known, the confidence
+intervals "sa_ci" and "ra_ci" over images; accuracies are fractions in [0, 1]. A mean point, of several seeds, has
+"sa_std", "ra_std" and "seeds" too. Nothing here trains or reads anything.
 """
 
 import math
@@ -108,6 +108,11 @@ def at_lambdas(points: Sequence[dict], dedicated: Sequence[dict]) -> list[dict]:
         raise UserError(f"frontier: lambda {missing[0]:g} was not measured; the dedicated networks are at "
                         f"{_lambdas(dedicated)}")  # fmt: skip
     return [found[point["lam"]] for point in dedicated]
+
+
+def of_width(points: Sequence[dict], width: float = 1.0) -> list[dict]:
+    """The points of a width, by default of the whole network; those of a network of one width do not name it."""
+    return [point for point in points if point.get("width", 1.0) == width]
 
 
 def pareto_front(points: Sequence[dict]) -> list[dict]:

@@ -112,16 +112,17 @@ class GraphReplay:
             _log.warning("engine.cuda_graph: the %s runs without a CUDA graph: %s", self._name, reason)
 
 
-def graph_replay(is_wanted: bool, device: torch.device, *, name: str) -> GraphReplay | None:
+def graph_replay(is_wanted: bool, device: torch.device, *, name: str, most_shapes: int = 8) -> GraphReplay | None:
     """What runs a function as a CUDA graph, or None where there can be none.
 
     Args:
         is_wanted: `engine.cuda_graph`.
         device: Where the function computes.
         name: What the function is, for the log.
+        most_shapes: Recordings that are kept.
     """
     if is_wanted and device.type == "cuda":
-        return GraphReplay(CudaRecorder(device), name=name)
+        return GraphReplay(CudaRecorder(device), name=name, most_shapes=most_shapes)
     if is_wanted:
         _log.info("engine.cuda_graph: the %s runs without a CUDA graph: no GPU", name)
     return None

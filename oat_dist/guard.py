@@ -140,7 +140,7 @@ class Guard:
             return True
 
         def record() -> None:
-            checkpoint = self.store.newest()
+            checkpoint = self.store.newest(whole_epochs=True)
             collapse = Collapse(
                 epoch=epoch, step=step, ra_before=self.best, ra_after=ra,
                 restored_step=checkpoint.step if checkpoint else 0, action=guard_action(self.config),

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -10,13 +9,31 @@ from torch import nn
 from oat_dist.config import OptimConfig
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], cfg: OptimConfig) -> torch.optim.Optimizer:
-    """SGD with momentum or AdamW, on all parameters alike."""
+def build_optimizer(network: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
+    """SGD with momentum or AdamW; weight decay on all parameters or on the weights of convolutions and classifier."""
+    groups = [{"params": list(network.parameters())}]
+    if cfg.decay == "weights":
+        weights = set(_decayed(network))
+        parts = ([p for p in network.parameters() if (p in weights) == is_weight] for is_weight in (True, False))
+        groups = [
+            {"params": part, "weight_decay": decay}
+            for part, decay in zip(parts, (cfg.weight_decay, 0.0), strict=True)
+            if part
+        ]
     if cfg.optimizer == "sgd":
         return torch.optim.SGD(
-            parameters, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, nesterov=cfg.nesterov
+            groups, lr=cfg.peak_lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, nesterov=cfg.nesterov
         )
-    return torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    return torch.optim.AdamW(groups, lr=cfg.peak_lr, weight_decay=cfg.weight_decay)
+
+
+def _decayed(network: nn.Module) -> list[nn.Parameter]:
+    """Weights of convolutions and linear layers, but not of those that make FiLM's scale and shift."""
+    return [
+        module.weight
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear) and not any(part.startswith("film") for part in name.split("."))
+    ]
 
 
 def learning_rate(cfg: OptimConfig, step: int, total_steps: int) -> float:
@@ -33,11 +50,11 @@ def learning_rate(cfg: OptimConfig, step: int, total_steps: int) -> float:
     """
     warmup_steps = cfg.warmup_share * total_steps
     if step < warmup_steps:
-        return cfg.lr * (step + 1) / (warmup_steps + 1)
+        return cfg.peak_lr * (step + 1) / (warmup_steps + 1)
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     if cfg.schedule == "cosine":
-        return cfg.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    return cfg.lr * (1 - progress) if cfg.schedule == "onecycle" else cfg.lr
+        return cfg.peak_lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return cfg.peak_lr * (1 - progress) if cfg.schedule == "onecycle" else cfg.peak_lr
 
 
 class AveragedNetwork:

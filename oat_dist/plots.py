@@ -3,6 +3,7 @@
 import pathlib
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -10,43 +11,62 @@ from matplotlib.patches import Rectangle
 
 from oat_dist.frontier import pareto_front
 
+_STYLES = ("-", "--", ":", "-.")
+
 
 def draw_frontier(report: dict, path: pathlib.Path) -> None:
-    """Draw the curve of a report, RA over SA and both over lambda, with its confidence intervals.
+    """Draw the curve of a report, RA over SA and both over lambda, with its confidence intervals; one per width.
+
+    Where the attacker chose among lambdas, also RA for all pairs of lambdas.
 
     Args:
         report: In the form of frontier.json.
         path: Target; the suffix (.png, .svg, .pdf) gives the format.
     """
-    points = sorted(report["points"], key=lambda point: point["lam"])
-    lam = [p["lam"] for p in points]
-    sa, ra = ([100 * p[key] for p in points] for key in ("sa", "ra"))
-    sa_bar, ra_bar = (_interval_bars(points, key) for key in ("sa", "ra"))
+    curves: dict[float, list[dict]] = {}
+    for point in sorted(report["points"], key=lambda point: point["lam"]):
+        curves.setdefault(point.get("width", 1.0), []).append(point)
     attack = report["attack"]
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    num_axes = 3 if "matrix" in report else 2
+    figure = Figure(figsize=(4.5 * num_axes, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
-    curve, over_lambda = figure.subplots(1, 2)
+    curve, over_lambda, *rest = figure.subplots(1, num_axes)
 
-    curve.errorbar(sa, ra, xerr=sa_bar, yerr=ra_bar, fmt="o-", color="tab:blue", elinewidth=0.7)
-    for x, y, value in zip(sa, ra, lam, strict=True):
-        curve.annotate(f"{value:g}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    for at, (width, points) in enumerate(curves.items()):
+        _draw_curve(curve, over_lambda, points, at=at, name=f"width {width:g}" if len(curves) > 1 else "")
+    if len(curves) > 1:
+        curve.legend(fontsize=8)
     curve.set(xlabel="SA (%)", ylabel="RA (%)", title="one network, labelled by lambda")
-
-    over_lambda.errorbar(lam, sa, yerr=sa_bar, fmt="o-", color="tab:green", elinewidth=0.7, label="SA")
-    over_lambda.errorbar(lam, ra, yerr=ra_bar, fmt="s-", color="tab:red", elinewidth=0.7, label="RA")
-    if all("ra_worst" in p for p in points):
-        worst = [100 * p["ra_worst"] for p in points]
-        over_lambda.plot(lam, worst, "v--", color="tab:red", alpha=0.6, label="RA, worst lambda to attack through")
     over_lambda.set(xlabel="lambda", ylabel="accuracy (%)", ylim=(0, 100))
-    over_lambda.legend(loc="center right")
+    over_lambda.legend(loc="center right", fontsize=None if len(curves) == 1 else 7)
     for axes in (curve, over_lambda):
         axes.grid(alpha=0.3)
+    if rest:
+        _draw_matrix(rest[0], report["matrix"])
     figure.suptitle(
         f"{report['model']}, {report['dataset']} {report['split']} (n = {report['num_examples']}), "
         f"{attack['name']} {attack['norm']} eps {attack['eps'] * 255:g}/255",
         fontsize=10,
     )
     _save(figure, path)
+
+
+def _draw_curve(curve: Axes, over_lambda: Axes, points: Sequence[dict], *, at: int, name: str) -> None:
+    """RA over SA, and both over lambda, of one width: number `at` of those that are drawn."""
+    suffix, style = (f", {name}", _STYLES[at % len(_STYLES)]) if name else ("", "-")
+    lam, (sa, ra) = [point["lam"] for point in points], _percent(points)
+    sa_bar, ra_bar = (_interval_bars(points, key) for key in ("sa", "ra"))
+    common = {"linestyle": style, "elinewidth": 0.7}
+    curve.errorbar(sa, ra, xerr=sa_bar, yerr=ra_bar, marker="o", color=f"C{at}", label=name or None, **common)
+    for x, y, value in zip(sa, ra, lam, strict=True):
+        curve.annotate(f"{value:g}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    over_lambda.errorbar(lam, sa, yerr=sa_bar, marker="o", color="tab:green", label=f"SA{suffix}", **common)
+    over_lambda.errorbar(lam, ra, yerr=ra_bar, marker="s", color="tab:red", label=f"RA{suffix}", **common)
+    if all("ra_worst" in point for point in points):
+        worst = [100 * point["ra_worst"] for point in points]
+        label = f"RA, worst lambda to attack through{suffix}"
+        bars = _interval_bars(points, "ra_worst")
+        over_lambda.errorbar(lam, worst, yerr=bars, fmt="v--", color="tab:red", alpha=0.6, elinewidth=0.7, label=label)
 
 
 def draw_comparison(comparison: dict, about: dict, path: pathlib.Path) -> None:
@@ -96,10 +116,24 @@ def draw_search(curves: Sequence[Sequence[dict]], best: int | None, comparison: 
         if at != best:
             axes.plot(*_percent(curve), "-", color="0.75", linewidth=0.8, label="trials" if at == 0 else None)
     if best is not None:
-        axes.plot(*_percent(curves[best]), "o-", color="tab:blue", label="best trial")
+        bars = {"xerr": _interval_bars(curves[best], "sa"), "yerr": _interval_bars(curves[best], "ra")}
+        axes.errorbar(*_percent(curves[best]), **bars, fmt="o-", color="tab:blue", elinewidth=0.7, label="best trial")
     _draw_dedicated(axes, comparison)
     _finish_frontier(figure, axes, about, f"; {len(curves)} trials")
     _save(figure, path)
+
+
+def _draw_matrix(axes: Axes, matrix: dict) -> None:
+    """RA by the lambda that answers and the lambda that is attacked through, half an interval's width below each."""
+    ra = 100 * np.array(matrix["ra"])
+    axes.imshow(ra, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    axes.set_xticks(range(ra.shape[1]), [f"{lam:g}" for lam in matrix["lambdas"]])
+    axes.set_yticks(range(ra.shape[0]), [f"{lam:g}" for lam in matrix["attack_lambdas"]])
+    axes.set(xlabel="lambda that answers", ylabel="lambda attacked through", title="RA (%)")
+    half = 100 * np.diff(matrix["ra_ci"], axis=-1)[..., 0] / 2
+    for (row, column), value in np.ndenumerate(ra):
+        text = f"{value:.1f}\n\N{PLUS-MINUS SIGN}{half[row, column]:.1f}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=6, color="white" if value < 60 else "black")
 
 
 def _draw_dedicated(axes: Axes, comparison: dict) -> None:

@@ -153,12 +153,13 @@ def open_run(
     return run, checkpoint
 
 
-def rewind(run: pathlib.Path, *, keep: int) -> Checkpoint | None:
+def rewind(run: pathlib.Path, *, keep: int, whole_epochs: bool = False) -> Checkpoint | None:
     """Take a run back to its newest checkpoint: what later steps left behind is dropped, since they come again.
 
     Args:
         run: Folder of the run, locked.
         keep: `checkpoint.keep`.
+        whole_epochs: Pass over a checkpoint from within an epoch.
 
     Returns:
         The checkpoint; None where the run begins anew.
@@ -166,7 +167,7 @@ def rewind(run: pathlib.Path, *, keep: int) -> Checkpoint | None:
     Raises:
         UserError: There are checkpoints, and all are damaged.
     """
-    checkpoint = CheckpointStore(run / "checkpoints", keep=keep).newest()
+    checkpoint = CheckpointStore(run / "checkpoints", keep=keep).newest(whole_epochs=whole_epochs)
     step = checkpoint.step if checkpoint else 0
     keep_metrics_until(run, step)
     forget_collapse_after(run, step)

@@ -8,7 +8,6 @@ model_info/<dataset>/<threat model>/, with accuracies in percent as strings.
 import json
 import pathlib
 
-import torch
 from torch import Tensor, nn
 
 from oat_dist.evaluation.specs import EXTERNAL
@@ -23,19 +22,20 @@ _ARCHITECTURES = {"resnet": "ResNet-", "preactresnet": "PreActResNet-", "wrn": "
 class FixedLambda(nn.Module):
     """A conditional network at one lambda: deterministic, always as in evaluation, gradients to the images alone."""
 
-    def __init__(self, network: ConditionalNetwork, lam: float) -> None:
+    def __init__(self, network: ConditionalNetwork, lam: float, *, width: float = 1.0) -> None:
         """Freeze the network.
 
         Args:
-            network: The network, which must not change any more.
+            network: The network, which must not change any more; weight noise is drawn here, once and for all.
             lam: Lambda in [0, 1].
+            width: Share of the channels, one of the network's widths.
 
         Raises:
-            UserError: A lambda outside [0, 1].
+            UserError: A lambda outside [0, 1], or a width that the network does not have.
         """
         super().__init__()
         self.network = network.requires_grad_(False)
-        self._frozen = network.freeze(network.condition(torch.tensor([lam], dtype=torch.float64)))
+        ((self._frozen, self._row),) = network.frozen_at((lam,), width=width)
         # Buffers, so that `.to(device)` takes them along.
         for at, tensor in enumerate(self._frozen.tensors()):
             self.register_buffer(f"frozen_{at}", tensor, persistent=False)
@@ -45,23 +45,24 @@ class FixedLambda(nn.Module):
         """Logits [N, K] of images [N, C, H, W] in [0, 1]."""
         tensors = [self.get_buffer(f"frozen_{at}") for at in range(len(self._frozen.tensors()))]
         frozen = self._frozen.with_tensors(tensors)
-        return self.network.attack_logits(x, frozen.for_rows(frozen.row_N.expand(len(x))))
+        return self.network.attack_logits(x, frozen.for_row(self._row, len(x)))
 
 
-def robustbench_model(run: str | pathlib.Path, lam: float) -> FixedLambda:
+def robustbench_model(run: str | pathlib.Path, lam: float, *, width: float = 1.0) -> FixedLambda:
     """A trained network at one lambda as a plain module: for RobustBench's `benchmark`, AutoAttack, foolbox.
 
     Args:
         run: Folder of a finished run.
         lam: Lambda in [0, 1].
+        width: Share of the channels, one of the network's widths.
 
     Returns:
         [0, 1] images to logits, on the CPU, in evaluation mode.
 
     Raises:
-        UserError: The run is incomplete, or lambda is outside [0, 1].
+        UserError: The run is incomplete, lambda is outside [0, 1], or the network does not have this width.
     """
-    return FixedLambda(load_run(run)[1], lam)
+    return FixedLambda(load_run(run)[1], lam, width=width)
 
 
 def write_model_infos(report: dict, stem: pathlib.Path) -> list[pathlib.Path]:
@@ -78,7 +79,8 @@ def write_model_infos(report: dict, stem: pathlib.Path) -> list[pathlib.Path]:
     folder = make_folder(stem.parent / "robustbench" / report["dataset"] / threat_model)
     paths = []
     for point in report["points"]:
-        path = folder / f"{stem.name}_lam{point['lam']:g}.json"
+        of_width = f"_width{point['width']:g}" if "width" in point else ""
+        path = folder / f"{stem.name}{of_width}_lam{point['lam']:g}.json"
         with whole_file(path) as temporary:
             temporary.write_text(json.dumps(model_info(report, point), indent=2) + "\n")
         paths.append(path)
@@ -99,7 +101,7 @@ def model_info(report: dict, point: dict) -> dict:
         "name": None,
         "authors": None,
         "additional_data": None,
-        "number_forward_passes": 1,
+        "number_forward_passes": report.get("noise_draws", 1),
         "dataset": report["dataset"],
         "venue": None,
         "architecture": architecture(report["model"]),
@@ -107,7 +109,7 @@ def model_info(report: dict, point: dict) -> dict:
         "clean_acc": _percent(point["sa"]),
         "reported": None,
         "autoattack_acc": _percent(after[len(EXTERNAL) - 1]),
-        "footnote": f"lambda = {point['lam']:g}",
+        "footnote": f"lambda = {point['lam']:g}" + (f", width = {point['width']:g}" if "width" in point else ""),
         "unreliable": any(check["flagged"] for check in report["checks"]),
     }
     if len(after) > len(EXTERNAL):

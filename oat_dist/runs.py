@@ -145,12 +145,14 @@ def make_folder(folder: pathlib.Path) -> pathlib.Path:
     """Make a folder and its parents where they are missing.
 
     Raises:
-        UserError: It cannot be made.
+        UserError: It cannot be made, or nothing can be written into it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made: {error.strerror or error}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: cannot be written; give write permission, or use a copy of the folder")
     return folder
 
 
@@ -158,7 +160,7 @@ def free_stem(folder: pathlib.Path, stem: str) -> pathlib.Path:
     """A path in `folder` (made if need be) of which no STEM.json exists: `stem`, else `stem-2`, `stem-3`, ...
 
     Raises:
-        UserError: The folder cannot be made.
+        UserError: As `make_folder`.
     """
     make_folder(folder)
     attempt = 1

@@ -1,17 +1,16 @@
 """The sections of a configuration: names, units, defaults and ranges of every setting, as frozen dataclasses.
 
-Standard library only. `config.py` puts the sections together. "Paper" is Wang et al., "Once-for-All Adversarial
+Standard library only. The sections `model` and `conditioning` are in `network_settings.py`; `config.py` puts all
+together. "Paper" is Wang et al., "Once-for-All Adversarial
 Training", NeurIPS 2020 (OAT).
 """
 
 import math
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Literal
 
 from oat_dist.errors import require
-
-PAPER_LAMBDAS = (0.0, 0.1, 0.2, 0.3, 0.4, 1.0)
+from oat_dist.network_settings import PAPER_LAMBDAS, check_lambdas
 
 
 def default_step_size(eps: float, steps: int) -> float:
@@ -36,6 +35,8 @@ class DataConfig:
     set's own (CIFAR, STL-10, folder and npz 4, SVHN 0, digits 1)."""
     flip: bool | None = None
     """Random left-right flip of training images; default: the data set's own (not for SVHN and digits)."""
+    cutout_pixels: int = 0
+    """Side of the square that is blanked out at a random place of every training image; 0 blanks nothing."""
     extra: str | None = None
     """A further prepared data set that every batch has a share of, e.g. with pseudo-labels (launch/pseudo_label.py)."""
     extra_share: float = 0.5
@@ -51,135 +52,10 @@ class DataConfig:
         require(self.workers >= 1, "data.workers", self.workers, "must be at least 1")
         ok = self.shift_pixels is None or self.shift_pixels >= 0
         require(ok, "data.shift_pixels", self.shift_pixels, "must be at least 0")
+        require(self.cutout_pixels >= 0, "data.cutout_pixels", self.cutout_pixels, "must be at least 0")
         require(0 < self.extra_share < 1, "data.extra_share", self.extra_share, "must lie in (0, 1)")
         ok = 0 <= self.extra_weight < math.inf
         require(ok, "data.extra_weight", self.extra_weight, "must be at least 0 and finite")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Which network."""
-
-    name: Literal[
-        "resnet8", "wrn10_2", "resnet18", "resnet34", "preactresnet18", "wrn16_8", "wrn28_10", "wrn34_10", "wrn40_2"
-    ] = "resnet8"
-    """CIFAR ResNet, pre-activation ResNet, or wide ResNet `wrn<depth>_<widening factor>`; any image size."""
-    dropout: float = 0.0
-    """Share of values dropped after a block's second activation, wide and pre-activation networks (paper: 0.3)."""
-    init: Literal["pytorch", "kaiming"] = "pytorch"
-    """Start of convolutions and classifier: PyTorch's own (paper), or He normal by fan-out and a zero bias."""
-    init_from: str | None = None
-    """A .safetensors file whose weights training starts from: plain (film=none, norm=single) or conditional ones."""
-
-    def __post_init__(self) -> None:
-        """Check ranges, and that the network has a place for dropout."""
-        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must lie in [0, 1)")
-        expected = f"must be 0 for model.name={self.name}; only the wide and pre-activation networks have dropout"
-        require(self.dropout == 0 or self.name.startswith(("wrn", "preact")), "model.dropout", self.dropout, expected)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConditioningConfig:
-    """How lambda is drawn in training and how the network is told about it (paper, section 3)."""
-
-    distribution: Literal["discrete", "uniform", "beta"] = "discrete"
-    """Distribution of lambda > 0 in training."""
-    lambdas: tuple[float, ...] = PAPER_LAMBDAS
-    """Values of the discrete distribution, increasing (paper, section 4.1)."""
-    weights: tuple[float, ...] | None = None
-    """Weights of `lambdas`, any positive scale; default equal."""
-    zero_share: float = 0.1
-    """Point mass at lambda = 0 of the uniform and beta distributions; of the discrete one it follows from `weights`."""
-    low: float = 0.0
-    """Lower end of the uniform distribution (excluded)."""
-    high: float = 1.0
-    """Upper end of the uniform distribution."""
-    alpha: float = 1.0
-    """First shape parameter of the beta distribution."""
-    beta: float = 1.0
-    """Second shape parameter of the beta distribution."""
-    sampling: Literal["image", "batch"] = "image"
-    """One lambda per image (paper, Algorithm 1) or one per global batch."""
-    encoding: Literal["none", "onehot", "dct", "orthogonal", "fourier"] = "orthogonal"
-    """Input of the FiLM generators: lambda itself, or its code (paper, section 3.2; random orthogonal is its best)."""
-    encoding_width: int = 128
-    """Length of the dct, orthogonal and fourier codes (paper: 128)."""
-    knots: tuple[float, ...] | None = None
-    """Lambdas that own a code when the distribution is continuous, increasing from 0; default `lambdas` if discrete."""
-    film: Literal["mlp", "none"] = "mlp"
-    """Per-channel scale and shift generated from the code of lambda (paper, section 3.2), or no conditioning at all."""
-    film_start: Literal["identity", "paper"] = "identity"
-    """`identity`: scale 1 + output, last layer zero, so training starts unmodulated; `paper`: LeakyReLU on it."""
-    norm: Literal["dual", "single"] = "dual"
-    """`dual`: one batch norm for lambda = 0, another for lambda > 0 (paper, section 3.3)."""
-
-    def __post_init__(self) -> None:
-        """Check ranges and the combinations that cannot be trained."""
-        _check_lambdas("conditioning.lambdas", self.lambdas)
-        if self.weights is not None:
-            ok = len(self.weights) == len(self.lambdas) and all(w > 0 and math.isfinite(w) for w in self.weights)
-            require(ok, "conditioning.weights", self.weights, f"must be {len(self.lambdas)} positive numbers")
-        require(0 <= self.zero_share <= 1, "conditioning.zero_share", self.zero_share, "must lie in [0, 1]")
-        require(0 <= self.low < self.high, "conditioning.low", self.low, "must satisfy 0 <= low < high")
-        require(self.high <= 1, "conditioning.high", self.high, "lambda must lie in [0, 1]")
-        require(self.alpha > 0, "conditioning.alpha", self.alpha, "must be positive")
-        require(self.beta > 0, "conditioning.beta", self.beta, "must be positive")
-        self._check_encoding()
-        if self.norm == "dual":
-            key = "conditioning.lambdas" if self.distribution == "discrete" else "conditioning.zero_share"
-            value = self.lambdas if self.distribution == "discrete" else self.zero_share
-            expected = "conditioning.norm=dual needs mass at lambda = 0 (else its first norm is never trained)"
-            require(self.mass_at_zero > 0, key, value, expected)
-            expected = "conditioning.norm=dual needs lambdas > 0 (else its second norm is never trained)"
-            require(self.mass_at_zero < 1, key, value, expected)
-
-    def _check_encoding(self) -> None:
-        width_key = "conditioning.encoding_width"
-        require(self.encoding_width >= 1, width_key, self.encoding_width, "must be at least 1")
-        if self.encoding == "fourier":
-            require(self.encoding_width % 2 == 0, width_key, self.encoding_width, "must be even for fourier codes")
-        if self.knots is not None:
-            _check_lambdas("conditioning.knots", self.knots)
-            require(self.has_codes, "conditioning.knots", self.knots, f"encoding={self.encoding} has no knots")
-        if self.has_codes and self.film != "none":
-            expected = "must be given: discrete codes of a continuous distribution need knots, e.g. [0, 0.25, 0.5, 1]"
-            require(self.code_lambdas is not None, "conditioning.knots", self.knots, expected)
-            if self.distribution != "discrete" and self.mass_at_zero > 0:
-                expected = "must begin with 0: lambda = 0 is drawn and owns a code"
-                require(self.code_lambdas[0] == 0, "conditioning.knots", self.knots, expected)
-            if self.encoding != "onehot":
-                expected = f"must be at least the number of codes, {len(self.code_lambdas)}"
-                require(self.encoding_width >= len(self.code_lambdas), width_key, self.encoding_width, expected)
-
-    @property
-    def mass_at_zero(self) -> float:
-        """Probability of lambda = 0."""
-        if self.distribution != "discrete":
-            return self.zero_share
-        if self.lambdas[0] != 0:
-            return 0.0
-        weights = self.weights or (1.0,) * len(self.lambdas)
-        return weights[0] / sum(weights)
-
-    @property
-    def mass_at_one(self) -> float:
-        """Probability of lambda = 1."""
-        if self.distribution != "discrete" or self.lambdas[-1] != 1:
-            return 0.0
-        weights = self.weights or (1.0,) * len(self.lambdas)
-        return weights[-1] / sum(weights)
-
-    @property
-    def has_codes(self) -> bool:
-        """Whether the encoding is a table of codes (onehot, dct, orthogonal) rather than a function of lambda."""
-        return self.encoding in ("onehot", "dct", "orthogonal")
-
-    @property
-    def code_lambdas(self) -> tuple[float, ...] | None:
-        """Lambdas that own a code, increasing; None when the encoding is a function of lambda or knots are missing."""
-        if not self.has_codes:
-            return None
-        return self.knots or (self.lambdas if self.distribution == "discrete" else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +110,9 @@ class LossConfig:
     clean_at_one: bool = True
     """Keep clean images with lambda = 1 in the training forward (paper), where their loss has weight 0 and they take
     part in the batch statistics alone. False leaves them out, which is cheaper and another computation."""
+    distill_widths: bool = False
+    """Narrower widths learn the answers of the whole network, on its own clean and adversarial images, in place of the
+    objective (in-place distillation: Yu and Huang, ICCV 2019)."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -248,12 +127,18 @@ class OptimConfig:
     """`sgd` has momentum; `adamw` is Adam with decoupled weight decay."""
     lr: float = 0.1
     """Peak learning rate (paper, section 4.1: 0.1)."""
+    lr_batch_size: int | None = None
+    """Batch size for which `lr` is meant: at another the rate is lr * batch_size / lr_batch_size, reached by a
+    warm-up (Goyal et al., "Accurate, Large Minibatch SGD", 2017, section 2.1); default: the rate is `lr`."""
     momentum: float = 0.9
     """Momentum of sgd."""
     nesterov: bool = True
     """Nesterov momentum in sgd."""
     weight_decay: float = 5e-4
-    """Weight decay on all parameters (paper, section 4.1: 5e-4)."""
+    """Weight decay (paper, section 4.1: 5e-4)."""
+    decay: Literal["all", "weights"] = "all"
+    """What decays: `all` parameters (paper), or the `weights` of convolutions and classifier alone, so that norms,
+    biases and FiLM do not."""
     epochs: int = 200
     """Passes over the training split (paper, section 4.1: 200)."""
     batch_size: int = 128
@@ -270,6 +155,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         require(0 < self.lr < math.inf, "optim.lr", self.lr, "must be positive and finite")
+        ok = self.lr_batch_size is None or self.lr_batch_size >= 1
+        require(ok, "optim.lr_batch_size", self.lr_batch_size, "must be at least 1")
         require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "must lie in [0, 1)")
         expected = "Nesterov momentum needs optim.momentum > 0"
         require(not self.nesterov or self.momentum > 0, "optim.nesterov", self.nesterov, expected)
@@ -282,33 +169,10 @@ class OptimConfig:
         require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, "must be at least 0")
         require(0 <= self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "must lie in [0, 1)")
 
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """How a step is spread over memory and ranks."""
-
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16` runs attack and training forward under bfloat16 autocast; parameters, FiLM, statistics, losses and the
-    attack's iterates stay float32."""
-    accumulation: int = 1
-    """Micro-batches per optimiser step."""
-    zero_stage: Literal[0, 1, 2] = 0
-    """DeepSpeed ZeRO: 1 shards optimiser state over ranks, 2 gradients too."""
-    cuda_graph: bool = True
-    """Run the attack as one recorded CUDA graph where it can be: on a GPU, with shapes that stay the same. Values are
-    the same either way."""
-    compile: bool = False
-    """Run the network's forward through torch.compile, in training and attack; the first steps take minutes. Needs a
-    C++ compiler on a CPU."""
-    sync_statistics: bool = False
-    """Share batch-norm statistics over ranks in every training forward."""
-    threads: int = 0
-    """CPU threads per rank; 0 divides the cores of the machine by the ranks on it."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        require(self.accumulation >= 1, "engine.accumulation", self.accumulation, "must be at least 1")
-        require(self.threads >= 0, "engine.threads", self.threads, "must be at least 0")
+    @property
+    def peak_lr(self) -> float:
+        """Largest learning rate of the schedule."""
+        return self.lr if self.lr_batch_size is None else self.lr * self.batch_size / self.lr_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,49 +192,20 @@ class EvaluationConfig:
     one reported. 0 validates never and reports the last."""
     batch_size: int = 512
     """Images per forward pass and rank."""
+    noise_draws: int | None = None
+    """Draws of the weight noise of conditioning.kind=float whose mean probabilities are the answer; default: 8."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _check_lambdas("evaluation.lambdas", self.lambdas)
+        ok = self.noise_draws is None or self.noise_draws >= 1
+        require(ok, "evaluation.noise_draws", self.noise_draws, "must be at least 1")
+        check_lambdas("evaluation.lambdas", self.lambdas)
         require(self.steps >= 1, "evaluation.steps", self.steps, "must be at least 1")
         require(self.restarts >= 1, "evaluation.restarts", self.restarts, "must be at least 1")
         require(self.interval_epochs >= 0, "evaluation.interval_epochs", self.interval_epochs, "must be at least 0")
         require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "must be at least 1")
 
-
-@dataclass(frozen=True, kw_only=True)
-class LoggingConfig:
-    """What is reported while a run goes on."""
-
-    interval_steps: int = 50
-    """Steps between two lines of metrics.jsonl; the only steps on which the host waits for the device."""
-    tensorboard: bool = True
-    """Write TensorBoard event files into the run folder."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        require(self.interval_steps >= 1, "logging.interval_steps", self.interval_steps, "must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """What survives when a run is killed."""
-
-    interval_epochs: int = 1
-    """Epochs between two checkpoints; there is always one at the end of training."""
-    keep: int = 2
-    """How many of the newest checkpoints stay."""
-    resume: str = "auto"
-    """`auto`: the newest unfinished run of this name and settings goes on; `never`: a new run; or a run folder."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        require(self.interval_epochs >= 1, "checkpoint.interval_epochs", self.interval_epochs, "must be at least 1")
-        require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
-
-
-def _check_lambdas(key: str, lambdas: tuple[float, ...]) -> None:
-    require(len(lambdas) > 0, key, lambdas, "must name at least one lambda")
-    require(all(0 <= lam <= 1 for lam in lambdas), key, lambdas, "every lambda must lie in [0, 1]")
-    ok = all(a < b for a, b in pairwise(lambdas))
-    require(ok, key, lambdas, "lambdas must increase, none twice")
+    @property
+    def num_noise_draws(self) -> int:
+        """`noise_draws` or its default, which is ours."""
+        return self.noise_draws or 8

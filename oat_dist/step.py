@@ -23,6 +23,7 @@ from oat_dist.config import Config
 from oat_dist.data import Batch
 from oat_dist.graphed import GraphReplay
 from oat_dist.losses import Examples, Objective, once_for_all_loss, robust_term, settings_at
+from oat_dist.losses.distillation import learning_from
 from oat_dist.models.condition import Condition
 from oat_dist.models.network import ConditionalNetwork
 from oat_dist.random import draw_keys
@@ -41,6 +42,12 @@ class StepLosses:
     """Scalars on the device, to be summed over images, micro-batches and ranks."""
     num_clean: int
     """Images that took part clean, over which the clean counts go."""
+    correct_clean_M: Tensor
+    """Whether each of these was classified correctly."""
+    correct_robust_A: Tensor
+    """Whether each attacked image was."""
+    logits: tuple[Tensor, Tensor]
+    """Logits of those and of the adversarial images, without a graph: what narrower widths may be taught."""
 
 
 def training_losses(
@@ -53,6 +60,10 @@ def training_losses(
     forward: Forward,
     plan: AttackPlan | None = None,
     replay: GraphReplay | None = None,
+    step: int = 0,
+    width: float = 1.0,
+    teacher: StepLosses | None = None,
+    on_attacked: Callable[[], None] = lambda: None,
 ) -> StepLosses:
     """Losses of a micro-batch.
 
@@ -65,17 +76,26 @@ def training_losses(
         forward: The training forward: the network itself or an engine around it.
         plan: The attack; default: that of the configuration.
         replay: Runs the attack as one recorded graph; always the same for one network and plan.
+        step: Step within the epoch, part of the key of the weight noise of conditioning.kind=float, which attack and
+            training forward share.
+        width: Share of the channels, one of the network's widths; attack and forward go through that subnetwork.
+        teacher: What the whole network answered on the same batch, which this width learns in place of the objective.
+        on_attacked: Called between attack and training forward.
 
     Returns:
         Per-image losses and counts.
     """
     x, label_N = batch.image_NCHW.contiguous(memory_format=torch.channels_last), batch.label_N
     objective, condition_on = robust_term(config), config.loss.condition_on
-    cond = network.condition(lam_N)
+    if teacher is not None:
+        objective, condition_on = learning_from(teacher.logits[1]), None
+    noise_key = draw_keys(config.seed, "weight noise", epoch, step) if network.is_stochastic else None
+    cond = network.condition(lam_N, width=width, noise_key=noise_key)
     attacked = slice(cond.num_zero, None)
-    frozen = network.freeze(cond, dtype=attack_dtype(config.engine.precision)).images(attacked)
+    frozen = network.freeze(cond.attacked(), dtype=attack_dtype(config.engine.precision))
     of_attacked = x[attacked], label_N[attacked], batch.index_N[attacked]
     x_adv = attack_images(network, frozen, *of_attacked, config=config, epoch=epoch, plan=plan, replay=replay)
+    on_attacked()
     images = [x[attacked], x_adv]
     if "noisy_logits" in objective.needs:
         images.append(noisy_images(x[attacked], batch.index_N[attacked], config=config, epoch=epoch))
@@ -101,19 +121,24 @@ def training_losses(
     robust_A = objective.loss(examples)
     loss_N, clean_loss_M = once_for_all_loss(
         logits[0], robust_A, label_N, lam_N, label_smoothing=smoothing, clean_M=clean_M,
-        is_driven=condition_on is not None,
+        is_driven=condition_on is not None, target_MK=None if teacher is None else teacher.logits[0].softmax(1),
     )  # fmt: skip
     if config.data.extra is not None:
         loss_N = loss_N * _weights(batch, config.data.extra_weight).to(loss_N.device, loss_N.dtype, non_blocking=True)
+    correct_clean_M, correct_robust_A = logits[0].argmax(1) == clean_label, logits[1].argmax(1) == examples.label_A
     counts = {
         "loss": loss_N.sum(),
         "loss_clean": clean_loss_M.sum(),
         "loss_robust": robust_A.sum(),
-        "correct_clean": (logits[0].argmax(1) == clean_label).sum(),
-        "correct_robust": (logits[1].argmax(1) == examples.label_A).sum(),
+        "correct_clean": correct_clean_M.sum(),
+        "correct_robust": correct_robust_A.sum(),
     }
     counts = {key: value.detach() for key, value in counts.items()}
-    return StepLosses(loss_N=loss_N, counts=counts, num_clean=len(x_clean))
+    answers = logits[0].detach(), logits[1].detach()
+    return StepLosses(
+        loss_N=loss_N, counts=counts, num_clean=len(x_clean), correct_clean_M=correct_clean_M,
+        correct_robust_A=correct_robust_A, logits=answers,
+    )  # fmt: skip
 
 
 def _fields_of_outputs(

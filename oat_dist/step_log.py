@@ -1,5 +1,7 @@
 """Sums of what the steps count, and their means over all ranks on log steps."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -62,3 +64,44 @@ class StepLog:
             if name not in _DENOMINATORS
         }
         self._numbers = {name: int(totals[name]) for name in _DENOMINATORS}
+
+
+class WidthLogs:
+    """A `StepLog` for each width of a network; values of narrower ones are called `width_0.5/loss`."""
+
+    def __init__(self, widths: Sequence[float], world: World) -> None:
+        """Nothing counted yet.
+
+        Args:
+            widths: Of the network, 1 among them.
+            world: The ranks.
+        """
+        self._logs = {width: StepLog(world) for width in sorted(widths, reverse=True)}
+
+    def add(self, width: float, counts: dict[str, Tensor], *, images: int, clean: int, robust: int) -> None:
+        """Add a micro-batch at a width; see `StepLog.add`."""
+        self._logs[width].add(counts, images=images, clean=clean, robust=robust)
+
+    def flush(self) -> tuple[dict[str, float], int]:
+        """Means since the last call, and the number of images of the whole network; here the host waits."""
+        values, images = self._logs[1.0].flush()
+        for prefix, log in self._narrow().items():
+            values |= {f"{prefix}/{name}": value for name, value in log.flush()[0].items()}
+        return values, images
+
+    def collapse(self) -> dict[str, float]:
+        """Sums over ranks since the last flush, which the main rank alone goes on with."""
+        totals = self._logs[1.0].collapse()
+        for prefix, log in self._narrow().items():
+            totals |= {f"{prefix}/{name}": total for name, total in log.collapse().items()}
+        return totals
+
+    def restore(self, totals: dict[str, float]) -> None:
+        """Go on from sums that `collapse` gave."""
+        self._logs[1.0].restore({name: total for name, total in totals.items() if "/" not in name})
+        for prefix, log in self._narrow().items():
+            start = f"{prefix}/"
+            log.restore({name.removeprefix(start): v for name, v in totals.items() if name.startswith(start)})
+
+    def _narrow(self) -> dict[str, StepLog]:
+        return {f"width_{width:g}": log for width, log in self._logs.items() if width < 1}

@@ -35,7 +35,7 @@ class Validator:
             self.best = read_tensors(self.path)[1]["score"]
 
     def measure(self, network: ConditionalNetwork, step: int) -> dict[str, float]:
-        """Measure, and keep the network if its score is the best so far.
+        """Measure every width, and keep the network if its score, the mean over widths, is the best so far.
 
         Args:
             network: The network, equal on all ranks.
@@ -44,18 +44,22 @@ class Validator:
         Returns:
             Name -> value for the metrics.
         """
-        lambdas = self.config.evaluation.lambdas
-        points = evaluate(network, self.batches, lambdas, self.attack, seed=self.config.seed, world=self.world)
-        score = frontier_score(points, self.frame)
+        lambdas, scores, values = self.config.evaluation.lambdas, [], {}
+        for width in reversed(network.slimming.widths):
+            points = evaluate(
+                network, self.batches, lambdas, self.attack, seed=self.config.seed, world=self.world, width=width
+            )
+            scores.append(frontier_score(points, self.frame))
+            of_width = "" if width == 1 else f"width_{width:g}/"
+            for point in points:
+                values |= {f"{of_width}val_{key}/{point['lam']:g}": point[key] for key in ("sa", "ra")}
+        score = sum(scores) / len(scores)
         if score > self.best:
             self.best = score
             if self.world.is_main:
                 self.path.parent.mkdir(exist_ok=True)
                 write_tensors(network.state_dict(), self.path, {"step": step, "score": score})
-        values = {"val_frontier_score": score}
-        for point in points:
-            values |= {f"val_{key}/{point['lam']:g}": point[key] for key in ("sa", "ra")}
-        return values
+        return {"val_frontier_score": score, **values}
 
     def load_best(self, network: nn.Module) -> None:
         """Load the best network so far; every rank must call."""

@@ -15,6 +15,7 @@ from oat_dist import plots
 from oat_dist.comparison import compare
 from oat_dist.config import Config
 from oat_dist.config_io import with_settings, write_config
+from oat_dist.frontier import mean_points
 from oat_dist.weights import whole_file
 from tune import tpe
 from tune.cluster import Outcome
@@ -90,7 +91,7 @@ def trial_importance(space: Space, outcomes: Sequence[Outcome]) -> dict[str, flo
 
 
 def ablation_rows(outcomes: Sequence[Outcome], keys: Sequence[str]) -> list[dict]:
-    """Means and deviations over the finished trials that agree in some keys.
+    """Means, deviations and intervals (as `mean_points` has them) of the finished trials that agree in some keys.
 
     Args:
         outcomes: Of all trials.
@@ -110,6 +111,10 @@ def ablation_rows(outcomes: Sequence[Outcome], keys: Sequence[str]) -> list[dict
         for name, numbers in columns.items():
             row[name] = float(np.mean(numbers))
             row[f"{name}_std"] = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
+        for point in mean_points([m.metrics["points"] for m in members]):
+            for key in ("sa", "ra"):
+                low, high = point.get(f"{key}_ci") or (None, None)
+                row |= {f"{key}/{point['lam']:g}_low": low, f"{key}/{point['lam']:g}_high": high}
         rows.append(row)
     return sorted(rows, key=lambda row: -row["ratio"])
 
@@ -123,7 +128,9 @@ def print_ablation(rows: Sequence[dict], keys: Sequence[str], title: str) -> Non
         cells = [str(row[key]) for key in keys] + [str(row["trials"])]
         for name, scale, digits in (("ratio", 1, 3), *((n, 100, 1) for n in ("sa/0", "ra/0", "sa/1", "ra/1"))):
             spread = "" if row[f"{name}_std"] is None else f" +- {scale * row[f'{name}_std']:.{digits}f}"
-            cells.append(f"{scale * row[name]:.{digits}f}{spread}")
+            low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+            interval = "" if low is None else f" [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
+            cells.append(f"{scale * row[name]:.{digits}f}{spread}{interval}")
         table.add_row(*cells)
     Console().print(table)
 

@@ -206,16 +206,22 @@ def _combinations(choices: Mapping[str, tuple], ranges: Mapping[str, Range], bas
 
 
 def _effective(config: Config) -> dict:
-    """The configuration without the conditioning settings that have no effect beside the others."""
+    """The configuration without the settings that have no effect beside the others."""
     tree = to_dict(config)
     cfg = tree["conditioning"]
     used = {"discrete": ("lambdas", "weights"), "uniform": ("zero_share", "low", "high"),
             "beta": ("zero_share", "alpha", "beta")}  # fmt: skip
     unused = {key for keys in used.values() for key in keys} - set(used[cfg["distribution"]])
+    if cfg["film"] != "shared":
+        unused.add("film_rank")
     if cfg["film"] == "none":
         unused |= {"encoding", "encoding_width", "knots", "film_start"}
+    elif cfg["film"] == "table":
+        unused |= {"encoding", "encoding_width"}
     elif cfg["encoding"] in ("none", "onehot"):
         unused.add("encoding_width")
+    if tree["model"]["width_rule"] != "sandwich":
+        del tree["model"]["width_samples"]
     for key in unused:
         del cfg[key]
     return tree

@@ -21,7 +21,7 @@ from oat_dist.data import PreparedData, evaluation_batches
 from oat_dist.dedicated import dedicated_config, find_trained, measure_run
 from oat_dist.distributed import World
 from oat_dist.evaluation import EvaluationAttack, evaluate
-from oat_dist.frontier import frontier_ratio
+from oat_dist.frontier import frontier_ratio, of_width
 from oat_dist.models.network import ConditionalNetwork
 from oat_dist.trainer import open_data, train
 from tune.space import settings
@@ -95,7 +95,7 @@ def _run_candidate(
         clock.start_epoch()
 
     run = world.on_main(lambda: _same_before(config, data)) or train(config, world, after_epoch)
-    points = world.on_main(lambda: json.loads((run / "frontier.json").read_text())["points"])
+    points = of_width(world.on_main(lambda: json.loads((run / "frontier.json").read_text())["points"]))
     tell(config.optim.epochs, points, run)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from oat_dist.config import Config, DataConfig
-from oat_dist.data.augment import augment
+from oat_dist.data.augment import augment, cutout
 from oat_dist.data.extra import EXTRA_INDEX, extra_positions, extra_rows, open_extra
 from oat_dist.data.prepared import PreparedData
 from oat_dist.data.reader import open_reader, read_steps, to_device
@@ -98,6 +98,8 @@ class TrainLoader:
             "shift_pixels": data.shift_pixels if cfg.shift_pixels is None else cfg.shift_pixels,
             "flip": data.flip if cfg.flip is None else cfg.flip,
         }
+        self._cutout_pixels = cfg.cutout_pixels
+        self._fill_C = torch.tensor(data.pixel_mean, dtype=torch.float32, device=device)
         self._positions = deal(optim.batch_size, rank=rank, ranks=ranks, accumulation=accumulation)
         is_extra_B, mine = extra_positions(num_extra, optim.batch_size, config.seed), torch.cat(self._positions)
         is_extra_N = is_extra_B[mine]
@@ -130,8 +132,11 @@ class TrainLoader:
             x, label_N, index_N = _joined([part for part in of_step if part], self._place_N, place_on_device)
             on_device = index_N.to(self.device, non_blocking=True)
             x = augment(x.permute(0, 3, 1, 2), on_device, seed=seed, epoch=epoch, **self._augmentation)
+            x = cutout(
+                _to_pixels(x), on_device, seed=seed, epoch=epoch, pixels=self._cutout_pixels, fill_C=self._fill_C
+            )
             micro_batches = zip(
-                _to_pixels(x).split(sizes), label_N.split(sizes), index_N.split(sizes), self._positions, strict=True
+                x.split(sizes), label_N.split(sizes), index_N.split(sizes), self._positions, strict=True
             )
             yield [Batch(image_NCHW=x, label_N=y, index_N=i, position_N=p) for x, y, i, p in micro_batches]
 

@@ -74,7 +74,7 @@ def self_checks(
     lambdas = outcome.plan.lambdas
     seen_L = torch.zeros(len(lambdas), len(astuple(_Probe())), dtype=torch.float64)
     with evaluation_mode(network):
-        surfaces = Surfaces(network, lambdas)
+        surfaces = Surfaces(network, lambdas, width=outcome.plan.width, seed=outcome.plan.seed)
         for at in range(world.rank, len(lambdas), world.ranks):
             seen = _probe(network, surfaces.fixed(lambdas[at]), batches, outcome, lambdas[at])
             seen_L[at] = torch.tensor(astuple(seen), dtype=torch.float64)

@@ -58,10 +58,12 @@ class Plan:
     """Lambdas that the attacker may go through as well."""
     random_draws: int = 0
     """Draws of lambda that an attacker averages over, if lambda is to be drawn at random as well; 0: it is not."""
+    width: float = 1.0
+    """Share of the channels, one of the network's widths."""
     precision: str = "fp32"
     """Of the attack's gradients, `fp32` or `bf16`; every success is checked in float32."""
     seed: int = 0
-    """Seed of random starts, keyed by image, and of AutoAttack, keyed by shard."""
+    """Seed of random starts, keyed by image, of AutoAttack, keyed by shard, and of weight noise."""
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -74,7 +76,7 @@ class Plan:
         """For the fingerprint of an evaluation."""
         cells = [(cell.lam, cell.via) for cell in self.cells]
         about = {"cells": cells, "lambdas": self.lambdas, "attack": self.attack.to_dict(), "seed": self.seed}
-        return about | {"draws": self.random_draws, "precision": self.precision}
+        return about | {"draws": self.random_draws, "width": self.width, "precision": self.precision}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +107,12 @@ def evaluate(
     *,
     seed: int = 0,
     world: World | None = None,
+    width: float = 1.0,
 ) -> list[dict]:
     """Measure SA and RA at each lambda.
+
+    A network with weight noise answers with the mean probabilities of `network.noise_draws` draws, and the attack goes
+    through that mean (expectation over transformation: Athalye et al., ICML 2018).
 
     Args:
         network: The network, on the device of the batches and equal on all ranks; its mode is restored.
@@ -115,16 +121,19 @@ def evaluate(
         attack: The attack, or several.
         seed: Seed of the attacks.
         world: The ranks that share the work; default: this process does all.
+        width: Share of the channels, one of the network's widths.
 
     Returns:
-        One {"lam", "sa", "ra"} per lambda; accuracies are fractions in [0, 1].
+        One {"lam", "sa", "ra"} per lambda, with "width" too where the network has several; accuracies are fractions in
+        [0, 1].
     """
-    plan = Plan(lambdas=tuple(lambdas), attack=attack, seed=seed)
+    plan = Plan(lambdas=tuple(lambdas), attack=attack, width=width, seed=seed)
+    told = {"width": width} if len(network.slimming.widths) > 1 else {}
     outcome = run_plan(network, batches, plan, world=world)
     points = []
     for lam in plan.lambdas:
         code = outcome.of(lam)
-        points.append({"lam": lam, "sa": _share(code != CLEAN), "ra": _share(code == ROBUST)})
+        points.append({"lam": lam, **told, "sa": _share(code != CLEAN), "ra": _share(code == ROBUST)})
     return points
 
 
@@ -193,7 +202,8 @@ class _Worker:
         advance: Callable[[str | None], None],
     ) -> None:
         self.plan, self.finished, self.log, self.advance = plan, finished, log, advance
-        self.surfaces = Surfaces(network, (*plan.lambdas, *plan.attack_lambdas), precision=plan.precision)
+        lambdas = (*plan.lambdas, *plan.attack_lambdas)
+        self.surfaces = Surfaces(network, lambdas, precision=plan.precision, width=plan.width, seed=plan.seed)
         self.outside = 0
 
     def run(self, cell: int, shard: int, batch: Batch) -> Tensor:

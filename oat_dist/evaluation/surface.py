@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from oat_dist.attacks import LogitsFn
-from oat_dist.models.condition import Frozen
+from oat_dist.models.condition import Frozen, FrozenDraws
 from oat_dist.models.network import ConditionalNetwork
 from oat_dist.random import draw_keys, integers
 
@@ -39,20 +39,31 @@ class Surface:
 class Surfaces:
     """Makes the surfaces of one network; every lambda is frozen once."""
 
-    def __init__(self, network: ConditionalNetwork, lambdas: Sequence[float], *, precision: str = "fp32") -> None:
+    def __init__(
+        self,
+        network: ConditionalNetwork,
+        lambdas: Sequence[float],
+        *,
+        precision: str = "fp32",
+        width: float = 1.0,
+        seed: int = 0,
+    ) -> None:
         """Freeze the network.
 
         Args:
             network: The network, in evaluation mode whenever a surface is used.
             lambdas: Every lambda that defends or is attacked through.
             precision: Of the gradients: `fp32`, or `bf16` under autocast. Answers are never in bfloat16.
+            width: Share of the channels, one of the network's widths.
+            seed: Seed of weight noise: a network that has some answers with the mean over the same draws always.
         """
         self.network, self.precision = network, precision
         distinct = sorted(set(lambdas))
-        cond = network.condition(torch.tensor(distinct, dtype=torch.float64))
-        self._exact = network.freeze(cond)
-        self._rough = network.freeze(cond, dtype=torch.bfloat16) if precision == "bf16" else self._exact
-        self._row = dict(zip(distinct, cond.row_N.tolist(), strict=True))
+        told = {"width": width, "seed": seed}
+        self._exact = dict(zip(distinct, network.frozen_at(distinct, **told), strict=True))
+        self._rough = self._exact
+        if precision == "bf16":
+            self._rough = dict(zip(distinct, network.frozen_at(distinct, **told, dtype=torch.bfloat16), strict=True))
 
     def fixed(self, lam: float, via: float | None = None) -> Surface:
         """The network at one lambda.
@@ -61,11 +72,11 @@ class Surfaces:
             lam: The lambda that answers.
             via: The lambda that the attacker differentiates through; default: the same.
         """
-        decide = self._logits_fn(self._exact, self._row[lam])
+        decide = self._logits_fn(lam)
         if via is not None and via != lam:
-            return Surface(decide=decide, gradient=self._logits_fn(self._rough, self._row[via]), screen="none")
+            return Surface(decide=decide, gradient=self._logits_fn(via, is_rough=True), screen="none")
         if self.precision == "bf16":
-            return Surface(decide=decide, gradient=self._logits_fn(self._rough, self._row[lam]), screen="rough")
+            return Surface(decide=decide, gradient=self._logits_fn(lam, is_rough=True), screen="rough")
         return Surface(decide=decide, gradient=decide)
 
     def random(self, lambdas: Sequence[float], draws: int, key: Tensor) -> Surface:
@@ -78,27 +89,34 @@ class Surfaces:
             lambdas: What is drawn from.
             draws: Draws that the attacker averages over.
             key: [1] key; the same key gives the same draws in the same order of queries.
+
+        Raises:
+            ValueError: The network has weight noise, which belongs to one lambda.
         """
-        rows = torch.tensor([self._row[lam] for lam in lambdas])
+        if self.network.is_stochastic:
+            raise ValueError("lambdas: a network with weight noise has another for every lambda; draw none at random")
+        rows = torch.tensor([self._exact[lam][1] for lam in lambdas])
         queries = iter(range(2**31))
 
-        def logits(x: Tensor, frozen: Frozen) -> Tensor:
+        def logits(x: Tensor, *, is_rough: bool = False) -> Tensor:
             place = torch.arange(len(x))
             drawn = integers(draw_keys(0, "query", key, next(queries), place), 1, len(rows))[:, 0]
-            return self._run(x, frozen, rows[drawn].to(x.device))
+            frozen, _ = (self._rough if is_rough else self._exact)[lambdas[0]]
+            return self._run(x, frozen.for_rows(rows[drawn].to(x.device)), is_rough)
 
         def averaged(x: Tensor) -> Tensor:
-            stacked = logits(x.repeat(draws, 1, 1, 1), self._rough)
+            stacked = logits(x.repeat(draws, 1, 1, 1), is_rough=True)
             return stacked.view(draws, len(x), -1).mean(0)
 
-        return Surface(decide=lambda x: logits(x, self._exact), gradient=averaged, screen="none", is_random=True)
+        return Surface(decide=logits, gradient=averaged, screen="none", is_random=True)
 
-    def _logits_fn(self, frozen: Frozen, row: int) -> LogitsFn:
-        return lambda x: self._run(x, frozen, frozen.row_N.new_full((len(x),), row))
+    def _logits_fn(self, lam: float, *, is_rough: bool = False) -> LogitsFn:
+        frozen, row = (self._rough if is_rough else self._exact)[lam]
+        return lambda x: self._run(x, frozen.for_row(row, len(x)), is_rough)
 
-    def _run(self, x: Tensor, frozen: Frozen, row_N: Tensor) -> Tensor:
-        is_rough = self.precision == "bf16" and frozen is self._rough
+    def _run(self, x: Tensor, frozen: Frozen | FrozenDraws, is_rough: bool) -> Tensor:
+        is_rough = is_rough and self.precision == "bf16"
         autocast = torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False)
         with autocast if is_rough else contextlib.nullcontext():
-            logits = self.network.attack_logits(x, frozen.for_rows(row_N))
+            logits = self.network.attack_logits(x, frozen)
         return logits.float() if is_rough else logits

@@ -25,6 +25,7 @@ def once_for_all_loss(
     label_smoothing: float,
     clean_M: Tensor | None = None,
     is_driven: bool = False,
+    target_MK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per-image losses of a batch in which the images with lambda = 0 come first.
 
@@ -37,12 +38,16 @@ def once_for_all_loss(
         clean_M: [M] int64 positions of the images that have clean logits, when some with lambda = 1, whose clean
             weight is 0, have none; None: all have (M = N).
         is_driven: Whether lambda is inside L_a already, which then stands alone.
+        target_MK: Probabilities to learn from the clean images in place of the labels.
 
     Returns:
         (loss_N, clean_M): the weighted loss and its clean term.
     """
-    label_M = label_N if clean_M is None else label_N.index_select(0, clean_M)
-    clean_loss_M = F.cross_entropy(clean_logits_MK, label_M, reduction="none", label_smoothing=label_smoothing)
+    if target_MK is None:
+        label_M = label_N if clean_M is None else label_N.index_select(0, clean_M)
+        clean_loss_M = F.cross_entropy(clean_logits_MK, label_M, reduction="none", label_smoothing=label_smoothing)
+    else:
+        clean_loss_M = F.cross_entropy(clean_logits_MK, target_MK, reduction="none")
     first = len(label_N) - len(robust_A)
     if is_driven:
         return torch.cat((clean_loss_M[:first], robust_A)), clean_loss_M

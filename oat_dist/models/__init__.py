@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from oat_dist.config import Config
-from oat_dist.errors import UserError
+from oat_dist.config import Config, ModelConfig
+from oat_dist.errors import UserError, require
 from oat_dist.models.network import ConditionalNetwork
 from oat_dist.models.preact_resnet import PreActResNet
 from oat_dist.models.resnet import ResNet
-from oat_dist.models.wide_resnet import WideResNet
+from oat_dist.models.slimming import Slimming, channels_at
+from oat_dist.models.wide_resnet import WideResNet, wide_channels
 
 _WIDTHS = (64, 128, 256, 512)
 
@@ -26,6 +28,29 @@ MODELS = {
     "wrn34_10": partial(WideResNet, depth=34, factor=10),
     "wrn40_2": partial(WideResNet, depth=40, factor=2),
 }
+
+
+def model_channels(cfg: ModelConfig) -> tuple[int, ...]:
+    """Channels of the stem and of every stage, at width 1.
+
+    Raises:
+        UserError: `model.channels` do not fit the network, or a narrow one of `model.widths` leaves a layer without.
+    """
+    made = MODELS[cfg.name]
+    if made.func is WideResNet:
+        own = wide_channels(made.keywords["factor"])
+    else:
+        stages = made.keywords["widths"]
+        own = (made.keywords.get("stem_width") or stages[0], *stages)
+    channels = own if cfg.channels is None else cfg.channels
+    expected = f"must be {len(own)} numbers, for stem and stages of model.name={cfg.name}, e.g. {list(own)}"
+    require(len(channels) == len(own), "model.channels", channels, expected)
+    if made.func is ResNet:
+        expected = f"the first two must be equal: in model.name={cfg.name} the stem has the channels of the first stage"
+        require(channels[0] == channels[1], "model.channels", channels, expected)
+    expected = f"leaves a layer of {min(channels)} channels without any; {cfg.name} has {list(channels)}"
+    require(channels_at(min(channels), cfg.widths[0]) >= 1, "model.widths", cfg.widths, expected)
+    return channels
 
 
 def build_model(
@@ -50,9 +75,17 @@ def build_model(
         The network on the CPU, float32, in training mode, its convolution weights channels last in memory.
 
     Raises:
-        UserError: Pixel statistics that do not fit the images.
+        UserError: Channels or widths that the network cannot have, or pixel statistics that do not fit the images.
     """
-    options = {"dropout": config.model.dropout} if config.model.dropout else {}
+    cfg = config.model
+    options: dict[str, Any] = {"slimming": Slimming(widths=cfg.widths, heads=cfg.width_heads)}
+    stem, *stages = model_channels(cfg)
+    if cfg.channels is not None:
+        options["widths"] = tuple(stages)
+        if MODELS[cfg.name].func is not ResNet:
+            options["stem_width"] = stem
+    if cfg.dropout:
+        options["dropout"] = cfg.dropout
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = MODELS[config.model.name](
@@ -67,6 +100,7 @@ def build_model(
             raise UserError(f"data.normalise=True: {len(mean)} means, {len(std)} deviations, {in_channels} channels")
         network.normalise_pixels(mean, std)
     network.sync_statistics = config.engine.sync_statistics
+    network.noise_draws = config.evaluation.num_noise_draws
     return network.to(memory_format=torch.channels_last)
 
 
@@ -75,4 +109,6 @@ def _start_kaiming(network: ConditionalNetwork) -> None:
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    nn.init.zeros_(network.classifier.bias)
+    for module in network.classifier.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from oat_dist.config import ConditioningConfig
 from oat_dist.errors import UserError
 from oat_dist.models.condition import Condition, Frozen
-from oat_dist.models.film import FiLMGenerator
+from oat_dist.models.film import Generator
 from oat_dist.models.network import ConditionalNetwork
 from oat_dist.models.norm import FiLMDualBN2d
 
@@ -64,22 +64,24 @@ class ConditionalisedNetwork(ConditionalNetwork):
         unknown = sorted(set(skip) - set(names))
         if unknown:
             raise UserError(f"skip={unknown}: no such BatchNorm2d in the module; it has {', '.join(names)}")
+        if cfg.kind == "float":
+            raise UserError("conditioning.kind=float: the layers of other modules draw no noise; use kind=film")
         super().__init__(cfg, seed=seed)
         self.training = module.training
         self.module = copy.deepcopy(module)
         self._told = _Told()
         sites: dict[nn.BatchNorm2d, _ToldSite] = {}
         for name, norm in _norms(self.module).items():
-            film = cfg.film != "none" and name not in skip
-            generator = FiLMGenerator(self.encoder.width, norm.num_features, cfg.film_start) if film else None
-            sites[norm] = _ToldSite(norm, 2 if cfg.norm == "dual" else 1, generator, self._told)
+            generator = None if name in skip else self._film(norm.num_features)
+            sites[norm] = _ToldSite(norm, generator, self._told, **self._norm_groups)
         # A norm that stands in several places becomes one site in all of them.
         for path, norm in list(self.named_modules(remove_duplicate=False)):
             if norm in sites:
                 self.set_submodule(path, sites[norm])
         self._number_sites()
-        if self.encoder is not None:
-            self.encoder.to(self.sites[0].weight.device, self.sites[0].weight.dtype)
+        for part in (self.encoder, self.film_trunk):
+            if part is not None:
+                part.to(self.sites[0].weight.device, self.sites[0].weight.dtype)
 
     def _logits(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
         with self._told.holding(cond):
@@ -110,8 +112,8 @@ class _ToldSite(FiLMDualBN2d):
     """A site that is called as the BatchNorm2d it replaces, with images alone."""
 
     @torch.no_grad()
-    def __init__(self, norm: nn.BatchNorm2d, num_groups: int, film: FiLMGenerator | None, told: _Told) -> None:
-        super().__init__(norm.num_features, num_groups, film, momentum=norm.momentum, eps=norm.eps)
+    def __init__(self, norm: nn.BatchNorm2d, film: Generator | None, told: _Told, **groups: int) -> None:
+        super().__init__(norm.num_features, film=film, momentum=norm.momentum, eps=norm.eps, **groups)
         self.to(norm.weight.device, norm.weight.dtype)
         for name in ("weight", "bias", "running_mean", "running_var"):
             getattr(self, name).copy_(getattr(norm, name))

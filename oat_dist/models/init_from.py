@@ -2,7 +2,8 @@
 
 Conditional weights must fit the network name by name. Plain weights (film=none, norm=single: an ordinary classifier)
 fit every network of the same layers: each norm's one group is copied to all groups, FiLM and encoding stay at their
-start. With `film_start=identity` the network then answers as the plain one at every lambda.
+start, and so do the norms of other widths. With `film_start=identity` the network then answers as the plain one at
+every lambda.
 
 Files are read by safetensors alone; nothing is unpickled. Everything is checked before the first weight changes.
 
@@ -76,13 +77,15 @@ def _lambdas(knots_K: Tensor) -> str:
 
 
 def _roles(network: ConditionalNetwork) -> tuple[set[str], set[str]]:
-    """Names of [G, C] tensors, and of all that only a conditional network has (FiLM generators, encoding tables)."""
+    """Names of [G, C] tensors, and of all that a plain network lacks (FiLM, encoding, noise, other widths)."""
     grouped, conditional = set(), set()
     for path, module in network.named_modules(remove_duplicate=False):
         if isinstance(module, FiLMDualBN2d):
             grouped |= {f"{path}.{name}" for name in ("weight", "bias", "running_mean", "running_var")}
             if module.film is not None:
                 conditional |= {f"{path}.film.{name}" for name in module.film.state_dict()}
+    own = (".narrow.", "film_trunk.", ".alpha")
+    conditional |= {name for name in network.state_dict() if any(part in name for part in own)}
     if network.encoder is not None:
         conditional |= {f"encoder.{name}" for name in network.encoder.state_dict()}
     return grouped, conditional

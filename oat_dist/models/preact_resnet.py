@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from oat_dist.config import ConditioningConfig
 from oat_dist.models.condition import Condition, Frozen
 from oat_dist.models.network import ConditionalNetwork
+from oat_dist.models.slimming import WHOLE, Slimming
 
 
 class PreActBlock(nn.Module):
@@ -31,9 +32,9 @@ class PreActBlock(nn.Module):
     def forward(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
         """[N, C, H, W] -> [N, C', H / stride, W / stride]."""
         out = self.norm1(x, cond)
-        residual = x if self.shortcut is None else self.shortcut(out)
-        out = self.norm2(self.conv1(out), cond)
-        return self.conv2(F.dropout(out, self.dropout, self.training)) + residual
+        residual = x if self.shortcut is None else self.shortcut(out, cond)
+        out = self.norm2(self.conv1(out, cond), cond)
+        return self.conv2(F.dropout(out, self.dropout, self.training), cond) + residual
 
 
 class PreActResNet(ConditionalNetwork):
@@ -50,6 +51,7 @@ class PreActResNet(ConditionalNetwork):
         widths: tuple[int, ...],
         stem_width: int | None = None,
         dropout: float = 0.0,
+        slimming: Slimming = WHOLE,
     ) -> None:
         """Make the layers.
 
@@ -64,10 +66,11 @@ class PreActResNet(ConditionalNetwork):
             dropout: Share of values that training drops between a block's second activation and second convolution
                 (Zagoruyko and Komodakis, section 2.4). The mask comes from torch's generator; `step.training_losses`
                 seeds it by run, epoch and image.
+            slimming: Shares of the channels that are networks of their own.
         """
-        super().__init__(cfg, seed=seed)
+        super().__init__(cfg, seed=seed, slimming=slimming)
         channels = stem_width or widths[0]
-        self.stem = self._conv(in_channels, channels, 3)
+        self.stem = self._conv(in_channels, channels, 3, from_images=True)
         self.blocks = nn.ModuleList()
         for stage, (num_blocks, width) in enumerate(zip(blocks, widths, strict=True)):
             for block in range(num_blocks):
@@ -75,11 +78,11 @@ class PreActResNet(ConditionalNetwork):
                 self.blocks.append(PreActBlock(self, channels, width, stride, dropout))
                 channels = width
         self.final_norm = self._norm(channels, film=False)
-        self.classifier = nn.Linear(channels, num_classes)
+        self.classifier = self._linear(channels, num_classes)
         self._number_sites()
 
     def _features(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
-        out = self.stem(x)
+        out = self.stem(x, cond)
         for block in self.blocks:
             out = block(out, cond)
         return self.final_norm(out, cond).mean((2, 3))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from oat_dist.config import ConditioningConfig
 from oat_dist.models.condition import Condition, Frozen
 from oat_dist.models.network import ConditionalNetwork
+from oat_dist.models.slimming import WHOLE, Slimming
 
 
 class BasicBlock(nn.Module):
@@ -26,9 +27,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
         """[N, C, H, W] -> [N, C', H / stride, W / stride]."""
-        residual = x if self.shortcut is None else self.shortcut_norm(self.shortcut(x), cond, relu=False)
-        out = self.norm1(self.conv1(x), cond)
-        return self.norm2(self.conv2(out), cond, residual=residual)
+        residual = x if self.shortcut is None else self.shortcut_norm(self.shortcut(x, cond), cond, relu=False)
+        out = self.norm1(self.conv1(x, cond), cond)
+        return self.norm2(self.conv2(out, cond), cond, residual=residual)
 
 
 class ResNet(ConditionalNetwork):
@@ -43,6 +44,7 @@ class ResNet(ConditionalNetwork):
         num_classes: int,
         blocks: tuple[int, ...],
         widths: tuple[int, ...],
+        slimming: Slimming = WHOLE,
     ) -> None:
         """Make the layers.
 
@@ -53,9 +55,10 @@ class ResNet(ConditionalNetwork):
             num_classes: Classes.
             blocks: Blocks of each stage; all stages but the first halve the resolution.
             widths: Channels of each stage; the stem has those of the first.
+            slimming: Shares of the channels that are networks of their own.
         """
-        super().__init__(cfg, seed=seed)
-        self.stem = self._conv(in_channels, widths[0], 3)
+        super().__init__(cfg, seed=seed, slimming=slimming)
+        self.stem = self._conv(in_channels, widths[0], 3, from_images=True)
         self.stem_norm = self._norm(widths[0])
         self.blocks = nn.ModuleList()
         channels = widths[0]
@@ -64,11 +67,11 @@ class ResNet(ConditionalNetwork):
                 stride = 2 if stage > 0 and block == 0 else 1
                 self.blocks.append(BasicBlock(self, channels, width, stride))
                 channels = width
-        self.classifier = nn.Linear(channels, num_classes)
+        self.classifier = self._linear(channels, num_classes)
         self._number_sites()
 
     def _features(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
-        out = self.stem_norm(self.stem(x), cond)
+        out = self.stem_norm(self.stem(x, cond), cond)
         for block in self.blocks:
             out = block(out, cond)
         return out.mean((2, 3))

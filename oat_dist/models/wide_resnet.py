@@ -5,6 +5,9 @@ WRN-d-k: a stem of 16 channels and three stages of 16k, 32k and 64k channels wit
 
 from oat_dist.config import ConditioningConfig
 from oat_dist.models.preact_resnet import PreActResNet
+from oat_dist.models.slimming import WHOLE, Slimming
+
+_STEM_WIDTH = 16
 
 
 class WideResNet(PreActResNet):
@@ -19,7 +22,10 @@ class WideResNet(PreActResNet):
         num_classes: int,
         depth: int,
         factor: int,
+        widths: tuple[int, ...] | None = None,
+        stem_width: int = _STEM_WIDTH,
         dropout: float = 0.0,
+        slimming: Slimming = WHOLE,
     ) -> None:
         """Make the layers.
 
@@ -30,7 +36,10 @@ class WideResNet(PreActResNet):
             num_classes: Classes.
             depth: Convolutions and classifier, d = 6n + 4.
             factor: Widening factor k.
+            widths: Channels of each stage in place of those that follow from the factor.
+            stem_width: Channels of the stem.
             dropout: See `PreActResNet`; 0.3 in the paper's networks.
+            slimming: See `PreActResNet`.
         """
         assert (depth - 4) % 6 == 0, f"depth {depth} is not 6n + 4"
         super().__init__(
@@ -39,7 +48,13 @@ class WideResNet(PreActResNet):
             in_channels=in_channels,
             num_classes=num_classes,
             blocks=((depth - 4) // 6,) * 3,
-            widths=(16 * factor, 32 * factor, 64 * factor),
-            stem_width=16,
+            widths=widths or wide_channels(factor)[1:],
+            stem_width=stem_width,
             dropout=dropout,
+            slimming=slimming,
         )
+
+
+def wide_channels(factor: int) -> tuple[int, ...]:
+    """Channels of the stem and of each stage of a wide network."""
+    return (_STEM_WIDTH, 16 * factor, 32 * factor, 64 * factor)

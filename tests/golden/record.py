@@ -1,6 +1,9 @@
 """Losses of a few float64 steps, as recorded: a change that should not alter results must give the same ones.
 
 python -m tests.golden.record        writes tests/golden/step_losses.json anew; say in the commit why they changed
+
+and the defaults of all settings, written anew too: new settings may join them, but a default that changes makes another
+run of the same file, and needs another `oat_dist.config.DEFAULTS_VERSION`.
 """
 
 import json
@@ -8,12 +11,20 @@ import pathlib
 
 import torch
 
-from oat_dist.config import AttackConfig, ConditioningConfig, Config, ModelConfig
+from oat_dist.config import (
+    DEFAULTS_VERSION,
+    AttackConfig,
+    ConditioningConfig,
+    Config,
+    ModelConfig,
+    computed_settings,
+)
 from oat_dist.data import Batch
 from oat_dist.models import build_model
 from oat_dist.step import training_losses
 
 PATH = pathlib.Path(__file__).with_name("step_losses.json")
+DEFAULTS = pathlib.Path(__file__).with_name("defaults.json")
 CASES = {
     "resnet8, dual": ("resnet8", ConditioningConfig()),
     "wrn10_2, dual, paper start": ("wrn10_2", ConditioningConfig(film_start="paper")),
@@ -50,3 +61,5 @@ def losses(name: str) -> list[float]:
 
 if __name__ == "__main__":
     PATH.write_text(json.dumps({name: losses(name) for name in CASES}, indent=1) + "\n")
+    recorded = {"version": DEFAULTS_VERSION, "defaults": computed_settings(Config())}
+    DEFAULTS.write_text(json.dumps(recorded, indent=1) + "\n")

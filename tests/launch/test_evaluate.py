@@ -1,6 +1,7 @@
 """launch/evaluate.py as a user starts it: every option, a kill, and what it refuses."""
 
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -173,6 +174,11 @@ def test_an_incomplete_run_and_a_place_that_cannot_be_written_are_named(run, tmp
     (tmp_path / "run/eval").write_text("")
     assert start(["--run", tmp_path / "run", "--attack", "pgd-1"], monkeypatch) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/run/eval: cannot be made: ")
+    (tmp_path / "run/eval").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # to the superuser nothing is forbidden
+        assert start(["--run", tmp_path / "run", "--target-sa", "0.1"], patch) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/run/eval: cannot be written; ")
     (tmp_path / "run/model.safetensors").unlink()
     assert start(["--run", tmp_path / "run"], monkeypatch) == 2
     assert capsys.readouterr().err.startswith(f"error: --run {tmp_path}/run: has no model.safetensors; ")

@@ -57,6 +57,28 @@ def test_the_table_shows_deviations_gaps_and_the_controls():
         assert expected in text.getvalue()
 
 
+def with_intervals(points, half=0.03):
+    bounds = [{f"{key}_ci": [p[key] - half, p[key] + half] for key in ("sa", "ra")} for p in points]
+    return [point | interval for point, interval in zip(points, bounds, strict=True)]
+
+
+def test_intervals_over_images_stand_in_table_file_and_figure(tmp_path):
+    theirs = mean_points([with_intervals(curve((0.93, 0.0), (0.88, 0.40), (0.80, 0.50)), 0.04)])
+    found = compare(theirs, [with_intervals(OURS[0])])
+    gap = found["conditional"]["gaps"][1]
+    assert gap["ra_gap_ci"] == pytest.approx([0.02 - 0.05, 0.02 + 0.05]), "3 and 4 points, independent, make 5"
+    text = io.StringIO()
+    print_comparison(found, ABOUT, Console(file=text, width=160))
+    for expected in ("88.0 [84.0, 92.0]", "87.0 [84.0, 90.0]", "2.0 [-3.0, 7.0]"):
+        assert expected in text.getvalue()
+    rows = list(csv.DictReader(write_comparison(found, ABOUT, tmp_path / "test")[1].open()))
+    assert pytest.approx(0.84) in [float(r["sa_low"]) for r in rows if r["lambda"] == "0.2" and r["sa_low"]]
+    plain = compare(mean_points([curve((0.93, 0.0), (0.88, 0.40), (0.80, 0.50))]), [OURS[0]])
+    write_comparison(plain, ABOUT, tmp_path / "plain")
+    bars = [(tmp_path / f"{name}.svg").read_text().count("LineCollection") for name in ("test", "plain")]
+    assert bars[0] > bars[1], "bars are drawn where there are intervals"
+
+
 def test_a_search_is_drawn_with_and_without_a_best_trial(tmp_path):
     comparison = compare(DEDICATED)
     for best in (1, None):

@@ -36,6 +36,18 @@ WRONG = {
     "--conditioning.distribution=uniform": "conditioning.knots=None: must be given",
     "--conditioning.encoding_width=3": "conditioning.encoding_width=3: must be at least the number of codes, 6",
     "--evaluation.lambdas=[-0.1]": "evaluation.lambdas=(-0.1,): every lambda must lie in [0, 1]",
+    "--model.widths=[0.5,0.25,1]": "model.widths=(0.5, 0.25, 1.0): must increase and lie in (0, 1]",
+    "--model.widths=[0,1]": "model.widths=(0.0, 1.0): must increase and lie in (0, 1]",
+    "--model.widths=[0.5]": "model.widths=(0.5,): must end with 1, the whole network",
+    "--model.widths=[]": "model.widths=(): must end with 1",
+    "--model.channels=[0]": "model.channels=(0,): must be positive",
+    "--model.width_rule=sandwich": "model.width_rule='sandwich': needs three model.widths or more, there are 1",
+    "--model.width_heads=true": "model.width_heads=True: needs several model.widths",
+    "--loss.distill_widths=true": "loss.distill_widths=True: needs several model.widths",
+    "--evaluation.noise_draws=3": "evaluation.noise_draws=3: needs conditioning.kind=float",
+    "--conditioning.noise_start=0.1": "conditioning.noise_start=0.1: does not go with conditioning.kind=film; leave it",
+    "--conditioning.kind=float": "conditioning.film='mlp': must be none with conditioning.kind=float",
+    "--conditioning.film_rank=0": "conditioning.film_rank=0: must be at least 1",
     "--optim.schedule=onecycle": "optim.warmup_share=0.0: ",
     "--optim.momentum=0": "optim.nesterov=True: ",
     "--loss.settings.beta=x": "loss.settings.beta=x: expected a number",
@@ -55,6 +67,22 @@ def test_a_wrong_setting_is_one_line_that_names_the_key(argument):
         load_config([argument])
     assert str(error.value).startswith(WRONG[argument])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [({"film_start": "paper"}, "conditioning.film_start='paper': does not go with conditioning.kind=float"),
+     ({"encoding": "fourier"}, "conditioning.encoding='fourier': does not go with conditioning.kind=float"),
+     ({"lambdas": (0.0, 0.5, 1.0)}, r"conditioning.lambdas=\(0.0, 0.5, 1.0\): must be discrete, \[0, 1\], with"),
+     ({"distribution": "uniform"}, "conditioning.distribution='uniform': must be discrete"),
+     ({"norm": "shared_statistics"}, "conditioning.norm='shared_statistics': must be dual or single with"),
+     ({"kind": "film", "film": "table", "encoding": "fourier"}, "conditioning.encoding='fourier': must be onehot, dct"),
+     ({"kind": "film", "film": "table", "film_start": "paper"}, "conditioning.film_start='paper': must be identity"),
+     ({"kind": "film", "norm": "shared_statistics", "lambdas": (0.2, 1.0)}, "norm=shared_statistics needs mass at")],
+)  # fmt: skip
+def test_settings_of_another_kind_of_conditioning_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        ConditioningConfig(**{"kind": "float", "film": "none", "lambdas": (0.0, 1.0)} | settings)
 
 
 def test_a_point_mass_of_zero_with_dual_norm_names_the_zero_share():

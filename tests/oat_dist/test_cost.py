@@ -73,3 +73,21 @@ def test_dropout_and_pixel_normalisation_cost_no_flops():
     other = build_model(Config(model=ModelConfig(name="wrn10_2", dropout=0.3)), in_channels=3, num_classes=10)
     other.normalise_pixels((0.5,) * 3, (0.2,) * 3)
     assert cost.forward_flops(plain, (3, 8, 8)) == cost.forward_flops(other, (3, 8, 8))
+
+
+def test_every_width_of_a_step_costs_its_share_of_the_flops(capsys):
+    def cost_of(**model):
+        config = Config(model=ModelConfig(**model))
+        return cost.training_cost(config, in_channels=1, image_size=(8, 8), num_classes=10, num_train_images=128)
+
+    whole, both = cost_of(), cost_of(widths=(0.5, 1.0))
+    share = both.widths[1]["forward_flops"] / both.forward_flops
+    assert 0.25 < share < 0.26  # a quarter, but for the first convolution and the classifier
+    assert both.units_per_image == pytest.approx(whole.units_per_image * (1 + share))
+    assert (both.forward_flops, both.plain_parameters) == (whole.forward_flops, whole.plain_parameters)
+    sandwich = cost_of(widths=(0.25, 0.5, 0.75, 1.0), width_rule="sandwich", width_samples=1)
+    first, *middle, last = (c["forward_flops"] / sandwich.forward_flops for c in sandwich.widths)
+    expected = whole.units_per_image * (first + sum(middle) / 2 + last)
+    assert sandwich.units_per_image == pytest.approx(expected)
+    train.main(["--model.widths=[0.5,1]", "--dry-run"])
+    assert f"{both.widths[1]['parameters']:,}" in capsys.readouterr().out

@@ -149,3 +149,15 @@ def test_pixel_statistics_come_with_the_weights(tmp_path):
     network = build_model(config, in_channels=3, num_classes=10)
     initialise_from(network, saved(source, tmp_path / "weights.safetensors"))
     assert torch.equal(network.pixel_mean, source.pixel_mean) and torch.equal(network.pixel_std, source.pixel_std)
+
+
+def test_plain_weights_start_a_network_of_several_widths_whose_other_norms_stay_at_their_start(tmp_path):
+    plain = build(**PLAIN)
+    config = Config(
+        model=ModelConfig(widths=(0.5, 1.0), width_heads=True), conditioning=ConditioningConfig(film="shared")
+    )
+    network = build_model(config, in_channels=3, num_classes=10)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items() if ".narrow." in name}
+    initialise_from(network, saved(plain, tmp_path / "plain.safetensors"))
+    torch.testing.assert_close(network.predict(X, 0.3), plain.predict(X, 0.3), rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in before.items())

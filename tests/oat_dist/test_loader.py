@@ -8,7 +8,7 @@ import torch
 
 from oat_dist.config import Config, DataConfig, EngineConfig, OptimConfig
 from oat_dist.data import TrainLoader, evaluation_batches, open_prepared, prepare
-from oat_dist.data.augment import augment
+from oat_dist.data.augment import augment, cutout
 from oat_dist.data.ffcv_io import is_installed
 from oat_dist.data.loader import deal
 from oat_dist.data.sources.digits import read_digits
@@ -137,6 +137,35 @@ def test_a_flip_mirrors_about_half_of_the_images():
     mirrored = [torch.equal(image, x[0].flip(2)) for image in out]
     assert all(m or torch.equal(image, x[0]) for m, image in zip(mirrored, out, strict=True))
     assert 160 < sum(mirrored) < 240
+
+
+def test_cutout_fills_one_square_whose_centre_is_drawn_from_all_pixels():
+    fill = torch.tensor([0.25, 0.75])
+    x = torch.ones(600, 2, 6, 5)
+    out = cutout(x, torch.arange(600), seed=0, epoch=0, pixels=3, fill_C=fill)
+    blank = (out != 1).all(1)
+    assert torch.equal(out, torch.where(blank[:, None], fill.view(1, 2, 1, 1), x))
+    squares = set()
+    for row in range(6):
+        for column in range(5):
+            square = torch.zeros(6, 5, dtype=torch.bool)
+            square[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2] = True
+            squares.add(tuple(square.flatten().tolist()))
+    assert {tuple(b.flatten().tolist()) for b in blank} == squares, (
+        "every centre, clipped at the edge, and nothing else"
+    )
+    assert not torch.equal(cutout(x, torch.arange(600), seed=0, epoch=1, pixels=3, fill_C=fill), out)
+    assert cutout(x, torch.arange(600), seed=0, epoch=0, pixels=0, fill_C=fill) is x
+
+
+def test_training_images_are_cut_out_with_the_mean_of_the_data_set(digits):
+    plain = settings(digits, shift_pixels=0, flip=False)
+    config = dataclasses.replace(plain, data=dataclasses.replace(plain.data, cutout_pixels=4))
+    for (cut,), (whole,) in zip(epoch(digits, config)[:2], epoch(digits, plain)[:2], strict=True):
+        mean = torch.tensor(digits.pixel_mean).view(1, -1, 1, 1)
+        changed = cut.image_NCHW != whole.image_NCHW
+        assert torch.equal(cut.image_NCHW, torch.where(changed, mean, whole.image_NCHW))
+        assert changed.flatten(1).any(1).all() and changed.flatten(1).sum(1).max() <= 16
 
 
 def test_no_augmentation_gives_the_stored_pixels(digits):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.published_step import published
+from benchmarks.published_step import Told, published
 from kernels import film_dual_bn_reference
 from oat_dist import step as step_module
 from oat_dist.attacks import ascend
@@ -66,12 +66,12 @@ def test_a_step_equals_separate_calls_of_the_published_network(name, norm, image
     }
     clean = torch.cat((x[:2], views["clean"]))
     if name == "llr":  # one function of the image: one call
-        both = twin._features(torch.cat((clean, views["adversarial"])), (torch.cat((codes, codes[A])), 2))
+        both = twin._features(torch.cat((clean, views["adversarial"])), Told(torch.cat((codes, codes[A])), 2))
         features = dict(zip(("clean", "adversarial"), both.split((7, 5)), strict=True))
     else:
         calls = {"clean": (clean, codes, 2), **{key: (views[key], codes[A], 0) for key in images}}
-        features = {key: twin._features(image, (code, zeros)) for key, (image, code, zeros) in calls.items()}
-    logits = {key: twin.classifier(value) for key, value in features.items()}
+        features = {key: twin._features(image, Told(code, zeros)) for key, (image, code, zeros) in calls.items()}
+    logits = {key: twin.classifier(value, Told(codes, 2)) for key, value in features.items()}
     clean_A = F.cross_entropy(logits["clean"], label, reduction="none")
     fields = {f"{key}_logits_AK": value[-5:] for key, value in logits.items()}
     fields |= {f"{key}_features_AF": value[-5:] for key, value in features.items() if key != "noisy"}
@@ -175,7 +175,7 @@ def test_no_operator_of_an_objective_makes_the_host_wait(name, monkeypatch):
     config = make_config(name)
     network, batch = disturbed(config), make_batch(len(LAM))
     cond = network.condition(LAM)
-    monkeypatch.setattr(type(network), "condition", lambda self, lam_N: cond)
+    monkeypatch.setattr(type(network), "condition", lambda self, lam_N, **told: cond)
     monkeypatch.setattr(sys.modules["kernels.checks"], "_check_index", lambda *a: None)
     with _NoWaiting():
         losses = training_losses(network, batch, LAM, config=config, epoch=0, forward=network)
@@ -319,7 +319,7 @@ def steps_under_deepspeed(world: World) -> dict[str, float]:
             engine, batch = Engine(network, config, world), make_batch(len(LAM), dtype=torch.float32)
             step = training_losses(network, batch, LAM, config=config, epoch=0, forward=engine.forward)
             engine.backward_and_step(step.loss_N, lr=optim.lr)
-            optimizer = build_optimizer(plain.parameters(), optim)
+            optimizer = build_optimizer(plain, optim)
             a_step(config, plain, dtype=torch.float32)[2].loss_N.mean().backward()
             before = plain.stem.weight.detach().clone()
             optimizer.step()

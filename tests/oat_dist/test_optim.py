@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from oat_dist.config import OptimConfig
+from oat_dist.config import ConditioningConfig, Config, ModelConfig, OptimConfig
+from oat_dist.models import build_model
 from oat_dist.optim import AveragedNetwork, build_optimizer, learning_rate
 
 
@@ -28,12 +29,39 @@ def test_warm_up_works_with_every_schedule_and_constant_stays():
     assert learning_rate(OptimConfig(lr=0.3, schedule="constant"), 77, 100) == 0.3
 
 
+def test_the_rate_is_scaled_with_the_batch_for_which_it_is_not_meant():
+    cfg = OptimConfig(lr=0.1, lr_batch_size=256, batch_size=8192, warmup_share=0.1, schedule="constant")
+    assert cfg.peak_lr == pytest.approx(3.2)
+    rates = [learning_rate(cfg, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(3.2 / 11) and rates[50] == pytest.approx(3.2)
+    assert build_optimizer(nn.Linear(2, 2), cfg).param_groups[0]["lr"] == cfg.peak_lr
+    assert OptimConfig(lr=0.1, batch_size=129).peak_lr == 0.1
+
+
 @pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
 def test_optimisers_are_built_as_configured(name, kind):
-    optimizer = build_optimizer(nn.Linear(2, 2).parameters(), OptimConfig(optimizer=name, lr=0.01, weight_decay=0.2))
+    optimizer = build_optimizer(nn.Linear(2, 2), OptimConfig(optimizer=name, lr=0.01, weight_decay=0.2))
     assert type(optimizer) is kind
     assert optimizer.param_groups[0]["lr"] == 0.01 and optimizer.param_groups[0]["weight_decay"] == 0.2
     assert name != "sgd" or (optimizer.param_groups[0]["momentum"] == 0.9 and optimizer.param_groups[0]["nesterov"])
+
+
+@pytest.mark.parametrize("name", ["wrn10_2", "resnet8"])
+def test_decay_of_weights_spares_norms_biases_and_film(name):
+    network = build_model(Config(model=ModelConfig(name=name)), num_classes=3, in_channels=1)
+    optimizer = build_optimizer(network, OptimConfig(decay="weights", weight_decay=0.2))
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    decayed = {names[p] for group in optimizer.param_groups for p in group["params"] if group["weight_decay"] == 0.2}
+    spared = {names[p] for group in optimizer.param_groups for p in group["params"] if group["weight_decay"] == 0}
+    assert decayed | spared == set(names.values()) and not decayed & spared
+    plain = build_model(
+        Config(model=ModelConfig(name=name), conditioning=ConditioningConfig(film="none", norm="single")),
+        num_classes=3,
+        in_channels=1,
+    )
+    kernels = {name for name, parameter in plain.named_parameters() if parameter.dim() == 4}
+    classifier = {name for name, p in plain.named_parameters() if p.dim() == 2 and len(p) == 3}
+    assert kernels and classifier and decayed == kernels | classifier
 
 
 def test_the_average_follows_its_definition_for_parameters_and_running_statistics():

@@ -1,4 +1,4 @@
-"""Training on two ranks is training on one: in float64 through plain collectives, in float32 through DeepSpeed."""
+"""Two or four ranks train as one: in float64 through plain collectives, in float32 through DeepSpeed."""
 
 import dataclasses
 import functools
@@ -8,28 +8,39 @@ import torch
 import torch.distributed as dist
 
 from oat_dist.conditioning import LambdaSampler
-from oat_dist.config import AttackConfig, Config, DataConfig, EngineConfig, OptimConfig
+from oat_dist.config import (
+    AttackConfig,
+    ConditioningConfig,
+    Config,
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    OptimConfig,
+)
 from oat_dist.data import TrainLoader, open_prepared
 from oat_dist.distributed import World
 from oat_dist.errors import UserError
 from oat_dist.models import build_model
+from oat_dist.models.slimming import idle_parameters, widths_of_step
 from oat_dist.optim import learning_rate
 from oat_dist.step import training_losses
 from tests.ranks import run_ranks
 
-STEPS = 10
+STEPS, STEPS_FLOAT64 = 10, 20
 
 
-def make_config(root, *, batch_size=64, eps_255=76.5, **engine) -> Config:
+def make_config(root, *, batch_size=64, eps_255=76.5, model=None, conditioning=None, **engine) -> Config:
     return Config(
         data=DataConfig(root=root, loader="memory", shift_pixels=1),
+        model=ModelConfig(**model or {}),
+        conditioning=ConditioningConfig(**conditioning or {}),
         attack=AttackConfig(eps_255=eps_255, steps=3),
         optim=OptimConfig(batch_size=batch_size, lr=0.05, epochs=1),
         engine=EngineConfig(sync_statistics=True, **engine),
     )
 
 
-def batches_with_lambdas(config, world):
+def batches_with_lambdas(config, world, steps=STEPS):
     """(step, micro-batch, lambdas) of the first steps."""
     loader = TrainLoader(
         open_prepared(config.data.root, "digits"), config, rank=world.rank, ranks=world.ranks, device=world.device
@@ -40,42 +51,74 @@ def batches_with_lambdas(config, world):
         batch_size=config.optim.batch_size,
         steps_per_epoch=loader.steps_per_epoch,
     )
-    for step, micro_batches in zip(range(STEPS), loader.epoch(0), strict=False):
+    for step, micro_batches in zip(range(steps), loader.epoch(0), strict=False):
         for batch in micro_batches:
             yield step, batch, sampler.draw(0, step, batch.position_N, batch.index_N)
 
 
-def plain_float64(world, root, batch_size, accumulation):
-    """SGD with gradients summed by torch.distributed; losses of the global batches and the final weights."""
-    config = make_config(root, batch_size=batch_size, accumulation=accumulation)
-    network = build_model(config, in_channels=1, num_classes=10).double()
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
-    losses = torch.zeros(STEPS, dtype=torch.float64)
-    for number, (step, batch, lam_N) in enumerate(batches_with_lambdas(config, world), start=1):
-        batch = dataclasses.replace(batch, image_NCHW=batch.image_NCHW.double())
-        result = training_losses(network, batch, lam_N, config=config, epoch=0, forward=network)
-        (result.loss_N.sum() / batch_size).backward()
-        losses[step] += result.loss_N.sum().detach() / batch_size
-        if number % accumulation == 0:
-            for parameter in network.parameters():
-                if world.ranks > 1:
-                    dist.all_reduce(parameter.grad)
-            optimizer.step()
-            optimizer.zero_grad()
-    return world.sum(losses), {k: v for k, v in network.state_dict().items()}
+CASES_FLOAT64 = {
+    "even": (64, 1),
+    "uneven, accumulating": (27, 2),
+    # Two images with lambda = 0: with four ranks, two of these have none.
+    "ranks without lambda = 0": (10, 1),
+}
+"""Name -> (batch size, accumulation)."""
+
+
+def plain_float64(world, root):
+    """SGD with gradients summed by torch.distributed; for each case losses, zeros of this rank, final weights."""
+    results = {}
+    for name, (batch_size, accumulation) in CASES_FLOAT64.items():
+        config = make_config(root, batch_size=batch_size, accumulation=accumulation)
+        network = build_model(config, in_channels=1, num_classes=10).double()
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+        losses, zeros = torch.zeros(STEPS_FLOAT64, dtype=torch.float64), 0
+        batches = batches_with_lambdas(config, world, STEPS_FLOAT64)
+        for number, (step, batch, lam_N) in enumerate(batches, start=1):
+            batch = dataclasses.replace(batch, image_NCHW=batch.image_NCHW.double())
+            result = training_losses(network, batch, lam_N, config=config, epoch=0, forward=network)
+            (result.loss_N.sum() / batch_size).backward()
+            losses[step] += result.loss_N.sum().detach() / batch_size
+            zeros += int((lam_N == 0).sum())
+            if number % accumulation == 0:
+                for parameter in network.parameters():
+                    if world.ranks > 1:
+                        dist.all_reduce(parameter.grad)
+                optimizer.step()
+                optimizer.zero_grad()
+        results[name] = world.sum(losses), zeros, {k: v for k, v in network.state_dict().items()}
+    return results
+
+
+@pytest.fixture(scope="module")
+def float64_results(digits):
+    """Number of ranks -> results of every rank; each number of ranks runs once."""
+    return functools.cache(lambda ranks: run_ranks(plain_float64, ranks, str(digits.folder.parent)))
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(64, 1), (27, 2)], ids=["even", "uneven, accumulating"])
-def test_in_float64_two_ranks_agree_with_one_to_nine_digits(digits, batch_size, accumulation):
-    args = (str(digits.folder.parent), batch_size, accumulation)
-    (alone,), shared = run_ranks(plain_float64, 1, *args), run_ranks(plain_float64, 2, *args)
-    for losses, weights in shared:
-        torch.testing.assert_close(losses, alone[0], rtol=1e-9, atol=0)
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("case", CASES_FLOAT64)
+def test_in_float64_ranks_agree_with_one_to_nine_digits(float64_results, case, ranks):
+    ((expected, _, expected_weights),) = (result[case] for result in float64_results(1))
+    assert len(expected) == STEPS_FLOAT64 and (expected != 0).all()
+    for losses, _, weights in (result[case] for result in float64_results(ranks)):
+        torch.testing.assert_close(losses, expected, rtol=1e-9, atol=0)
         for name, value in weights.items():
-            torch.testing.assert_close(value, alone[1][name], rtol=1e-8, atol=1e-8, msg=name)
+            torch.testing.assert_close(value, expected_weights[name], rtol=1e-8, atol=1e-8, msg=name)
 
 
+@pytest.mark.dist
+@pytest.mark.slow
+def test_two_of_four_ranks_never_saw_lambda_zero(float64_results):
+    zeros = [result["ranks without lambda = 0"][1] for result in float64_results(4)]
+    assert zeros == [STEPS_FLOAT64, STEPS_FLOAT64, 0, 0]
+
+
+WIDTHS = {"widths": (0.5, 0.75, 1.0), "width_heads": True}
+SANDWICH = {"widths": (0.25, 0.5, 0.75, 1.0), "width_rule": "sandwich", "width_samples": 1}
+FLOAT = {"kind": "float", "film": "none", "lambdas": (0.0, 1.0)}
 ENGINES = {
     "zero 0": {},
     "zero 1": {"zero_stage": 1},
@@ -85,7 +128,13 @@ ENGINES = {
     "accumulating": {"accumulation": 2, "eps_255": 0.0},
     "zero 2, accumulating, uneven": {"zero_stage": 2, "accumulation": 2, "batch_size": 27, "eps_255": 0.0},
     "bf16": {"precision": "bf16"},
+    "widths": {"model": WIDTHS, "eps_255": 0.0},
+    "widths, zero 1": {"model": WIDTHS, "zero_stage": 1, "eps_255": 0.0},
+    "widths, zero 2, accumulating": {"model": WIDTHS, "zero_stage": 2, "accumulation": 2, "eps_255": 0.0},
+    "sandwich, zero 2": {"model": SANDWICH, "zero_stage": 2, "eps_255": 0.0},
+    "weight noise, zero 1": {"conditioning": FLOAT, "zero_stage": 1, "eps_255": 0.0},
 }
+FOR_FOUR = ("zero 0", "zero 1", "zero 2, accumulating, uneven")
 
 
 def through_deepspeed(world, root):
@@ -94,15 +143,19 @@ def through_deepspeed(world, root):
 
     world = dataclasses.replace(init_world(threads=1), device=world.device)
     results = {}
-    for name, settings in ENGINES.items():
-        config = make_config(root, **settings)
+    for name in FOR_FOUR if world.ranks == 4 else ENGINES:
+        config = make_config(root, **ENGINES[name])
         network = build_model(config, in_channels=1, num_classes=10)
         engine = Engine(network, config, world)
         losses = torch.zeros(STEPS, dtype=torch.float64)
         for step, batch, lam_N in batches_with_lambdas(config, world):
-            result = training_losses(network, batch, lam_N, config=config, epoch=0, forward=engine.forward)
-            engine.backward_and_step(result.loss_N, learning_rate(config.optim, step, 100))
-            losses[step] += result.counts["loss"].double() / config.optim.batch_size
+            for width in widths_of_step(config.model, config.seed, step):
+                result = training_losses(
+                    network, batch, lam_N, config=config, epoch=0, forward=engine.forward, step=step, width=width
+                )
+                idle = tuple(idle_parameters(network, width))
+                engine.backward_and_step(result.loss_N, learning_rate(config.optim, step, 100), idle)
+                losses[step] += result.counts["loss"].double() / config.optim.batch_size
         results[name] = world.sum(losses)
     return results
 
@@ -115,9 +168,12 @@ def deepspeed_losses(digits):
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in ENGINES if name != "bf16"])
-def test_through_deepspeed_two_ranks_agree_with_one(deepspeed_losses, name):
-    alone, shared = deepspeed_losses(1)[name], deepspeed_losses(2)[name]
+@pytest.mark.parametrize(("name", "ranks"), [
+    *((name, 2) for name in ENGINES if name != "bf16"),
+    *((name, 4) for name in FOR_FOUR),
+])  # fmt: skip
+def test_through_deepspeed_ranks_agree_with_one(deepspeed_losses, name, ranks):
+    alone, shared = deepspeed_losses(1)[name], deepspeed_losses(ranks)[name]
     assert alone[-1] < alone[0] - 0.05, "training goes forward"
     torch.testing.assert_close(shared, alone, rtol=1e-3, atol=0)
 
@@ -145,9 +201,10 @@ def plain_losses(world, root, name):
     optimizer = torch.optim.SGD(network.parameters(), lr=1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     losses = torch.zeros(STEPS, dtype=torch.float64)
     for number, (step, batch, lam_N) in enumerate(batches_with_lambdas(config, world), start=1):
-        result = training_losses(network, batch, lam_N, config=config, epoch=0, forward=network)
-        (result.loss_N.sum() / config.optim.batch_size).backward()
-        losses[step] += result.counts["loss"].double() / config.optim.batch_size
+        for width in widths_of_step(config.model, config.seed, step):
+            result = training_losses(network, batch, lam_N, config=config, epoch=0, forward=network, width=width)
+            (result.loss_N.sum() / config.optim.batch_size).backward()
+            losses[step] += result.counts["loss"].double() / config.optim.batch_size
         if number % config.engine.accumulation == 0:
             optimizer.param_groups[0]["lr"] = learning_rate(config.optim, step, 100)
             optimizer.step()
@@ -157,7 +214,7 @@ def plain_losses(world, root, name):
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["zero 0", "accumulating"])
+@pytest.mark.parametrize("name", ["zero 0", "accumulating", "widths", "widths, zero 1", "widths, zero 2, accumulating"])
 def test_deepspeed_takes_the_steps_that_plain_pytorch_takes(deepspeed_losses, digits, name):
     torch.set_num_threads(1)
     plain = plain_losses(World(), str(digits.folder.parent), name)

@@ -7,6 +7,7 @@ import safetensors.torch
 import torch
 
 from oat_dist import report, runs
+from oat_dist.boards import open_boards
 from oat_dist.config import Config, ModelConfig
 from oat_dist.config_io import write_config
 from oat_dist.errors import UserError
@@ -98,7 +99,7 @@ def test_free_stems_never_name_an_existing_report(tmp_path):
 
 
 def test_metrics_and_timings_are_json_lines_and_tensorboard_gets_the_same(tmp_path):
-    with MetricsWriter(tmp_path, tensorboard=True) as metrics:
+    with MetricsWriter(tmp_path, open_boards(Config(), tmp_path)) as metrics:
         metrics.write(10, {"loss": 0.5}, images=1280)
         assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 10, "loss": 0.5}
         metrics.write(20, {"loss": 0.25}, images=1280)

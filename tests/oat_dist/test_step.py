@@ -14,6 +14,7 @@ from oat_dist.data import Batch
 from oat_dist.losses import attack_plan
 from oat_dist.models import MODELS, build_model
 from oat_dist.models.preact_resnet import PreActResNet
+from oat_dist.random import draw_keys
 from oat_dist.step import training_losses
 
 LAMBDAS = {
@@ -237,16 +238,25 @@ class _NoWaiting(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_operator_of_the_step_makes_the_host_wait_for_the_device(monkeypatch):
+KINDS = {
+    "film": ConditioningConfig(),
+    "shared statistics, table": ConditioningConfig(norm="shared_statistics", film="table"),
+    "weight noise": ConditioningConfig(kind="float", film="none", lambdas=(0.0, 1.0)),
+}
+
+
+@pytest.mark.parametrize("conditioning", KINDS.values(), ids=KINDS)
+def test_no_operator_of_the_step_makes_the_host_wait_for_the_device(conditioning, monkeypatch):
     # lambda stays on the host, so what depends on it is worked out before; indices are range-checked on the CPU only.
-    config = dropping()
+    model = ModelConfig(name="wrn10_2", dropout=0.5, widths=(0.5, 1.0))
+    config = dataclasses.replace(dropping(), conditioning=conditioning, model=model)
     network, batch = disturbed(config), make_batch(4)
-    lam = torch.tensor([0, 0.1, 1, 1], dtype=torch.float64)
-    cond = network.condition(lam)
-    monkeypatch.setattr(type(network), "condition", lambda self, lam_N: cond)
+    lam = torch.tensor([0, 1, 1, 1], dtype=torch.float64)
+    cond = network.condition(lam, width=0.5, noise_key=draw_keys(0, "any"))
+    monkeypatch.setattr(type(network), "condition", lambda self, lam_N, **told: cond)
     monkeypatch.setattr(sys.modules["kernels.checks"], "_check_index", lambda *a: None)
     with _NoWaiting():
-        losses = training_losses(network, batch, lam, config=config, epoch=0, forward=network)
+        losses = training_losses(network, batch, lam, config=config, epoch=0, forward=network, width=0.5)
         losses.loss_N.sum().backward()
     assert losses.loss_N.isfinite().all()
 

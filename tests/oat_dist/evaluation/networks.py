@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 
 import torch
-from torch import nn
 
 from oat_dist.config import ConditioningConfig, Config
 from oat_dist.data import Batch
@@ -20,7 +19,7 @@ class Linear(ConditionalNetwork):
     def __init__(self, num_classes: int, seed: int = 0):
         super().__init__(ConditioningConfig(film="none", norm="single"), seed=0)
         self.norm = self._norm(1)
-        self.classifier = nn.Linear(SIDE * SIDE, num_classes)
+        self.classifier = self._linear(SIDE * SIDE, num_classes)
         gen = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             self.classifier.weight.copy_(torch.randn(num_classes, SIDE * SIDE, generator=gen))

@@ -1,15 +1,18 @@
 """Points, intervals and matrices from what happened to every image; the choice of a lambda."""
 
+import io
 import math
 
 import pytest
 import torch
+from rich.console import Console
 
 from oat_dist.errors import UserError
 from oat_dist.evaluation import Outcome, Plan, parse_attacks
 from oat_dist.evaluation.choice import choose
 from oat_dist.evaluation.intervals import intervals
 from oat_dist.evaluation.summary import summary, write_images
+from oat_dist.report import print_report, write_report
 from oat_dist.weights import read_tensors
 
 TWO = parse_attacks(["pgd-5", "cw-5"], eps=0.1, norm="linf")
@@ -26,6 +29,7 @@ def test_points_count_images_and_attacks():
     points = summary(outcome([[-1, 0, 1, 2, -1], [-1, -1, -1, -1, 1]], lambdas=(0.0, 1.0)))["points"]
     assert [(p["lam"], p["sa"], p["ra"]) for p in points] == [(0.0, 0.8, 0.4), (1.0, 1.0, 0.8)]
     assert points[0]["ra_after"] == {"pgd-5": 0.6, "cw-5": 0.4}
+    assert points[0]["ra_after_ci"]["cw-5"] == points[0]["ra_ci"] and points[0]["ra_after_ci"]["pgd-5"][1] > 0.6
     for point in points:
         assert point["sa_ci"][0] <= point["sa"] <= point["sa_ci"][1]
     assert points[1]["sa_ci"] == [1.0, 1.0], "where all images agree the interval is a point"
@@ -36,8 +40,24 @@ def test_the_worst_lambda_is_chosen_image_by_image_and_the_matrix_has_all_pairs(
             [-1, 1, -1, 0], [1, -1, -1, -1]]  # lambda 0 through 1, lambda 1 through 0  # fmt: skip
     found = summary(outcome(rows, lambdas=(0.0, 1.0), attack_lambdas=(0.0, 1.0)))
     assert [(p["ra"], p["ra_worst"]) for p in found["points"]] == [(0.75, 0.5), (0.75, 0.5)]
-    assert found["matrix"] == {"attack_lambdas": [0.0, 1.0], "lambdas": [0.0, 1.0], "ra": [[0.75, 0.75], [0.5, 0.75]]}
+    matrix = found["matrix"]
+    bounds = matrix.pop("ra_ci")
+    assert matrix == {"attack_lambdas": [0.0, 1.0], "lambdas": [0.0, 1.0], "ra": [[0.75, 0.75], [0.5, 0.75]]}
+    assert bounds[0][0] == found["points"][0]["ra_ci"] and bounds[1][1] == found["points"][1]["ra_ci"]
+    assert bounds[1][0][0] < bounds[0][1][0] <= 0.75 <= bounds[0][1][1]
     assert found["points"][0]["ra_worst_ci"][0] <= 0.5 <= found["points"][0]["ra_worst_ci"][1]
+
+
+def test_the_matrix_is_printed_and_drawn_with_its_intervals(tmp_path):
+    rows = [[-1, -1, -1, 0], [-1, -1, 1, -1], [-1, 1, -1, 0], [1, -1, -1, -1]]
+    found = summary(outcome(rows, lambdas=(0.0, 1.0), attack_lambdas=(0.0, 1.0)))
+    about = {"model": "resnet8", "dataset": "digits", "split": "test", "num_examples": 4, "attack": TWO.to_dict()}
+    text = io.StringIO()
+    print_report(about | found, write_report(about | found, tmp_path / "x"), Console(file=text, width=160))
+    assert "lambda that is attacked through" in text.getvalue() and "50.0 [0.0, 100.0]" in text.getvalue()
+    low, high = found["matrix"]["ra_ci"][0][0]
+    drawn = (tmp_path / "x.svg").read_text()
+    assert "lambda attacked through" in drawn and "75.0" in drawn and f"{50 * (high - low):.1f}" in drawn
 
 
 def test_lambda_at_random_is_reported_beside_the_curve():

@@ -1,0 +1,137 @@
+"""Ways of telling a network about lambda, on one recipe: frontier score, parameters and images per second in one table.
+
+    python benchmarks/conditioning.py [--seeds 0 1 2] [--rows mlp,dual table,dual float,dual] [--docs]
+    python benchmarks/conditioning.py --config launch/configs/cifar10_8k_wrn10_2.yaml [--section.field=value ...]
+
+A row is conditioning.film and conditioning.norm, or "float" (weight noise, lambda 0 or 1 in training, clean images with
+lambda = 1 left out) and the norm. Its score is that of the curve at evaluation.lambdas on test, in the frame of the
+dedicated networks of both ends (`oat_dist.frontier`), all of the same recipe; mean and deviation over seeds. "none,
+single" knows nothing of lambda: what it scores is what one point scores. A run that is there already is not trained
+again, so the same command goes on. Writes benchmarks/results/conditioning_<name of the configuration>.csv.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from table import RESULTS, describe, environment, markdown, put_into_docs, save
+from trained import dedicated_points, images_per_s, num_parameters, points_of, trained
+
+from oat_dist.config import Config
+from oat_dist.config_io import load_config
+from oat_dist.data import PreparedData
+from oat_dist.distributed import World
+from oat_dist.engine import init_world
+from oat_dist.errors import UserError
+from oat_dist.frontier import Frame, dedicated_frame, frontier_score, mean_points, monotonicity
+from oat_dist.trainer import open_data
+
+FILMS = ("mlp", "shared", "table", "none")
+NORMS = ("dual", "single", "shared_statistics")
+ROWS = (*(f"{film},{norm}" for film in FILMS for norm in NORMS), "float,dual", "float,single")
+
+
+def settings_of(row: str) -> dict[str, Any]:
+    """Settings that make a run of the table from the common configuration.
+
+    Args:
+        row: One of `ROWS`.
+    """
+    told, norm = row.split(",")
+    if told != "float":
+        return {"conditioning.film": told, "conditioning.norm": norm}
+    binary = {"conditioning.kind": "float", "conditioning.film": "none", "conditioning.lambdas": [0.0, 1.0]}
+    return binary | {"conditioning.norm": norm, "loss.clean_at_one": False}
+
+
+class Ablation:
+    """Runs of one recipe with several seeds."""
+
+    def __init__(self, argv: Sequence[str], seeds: Sequence[int], world: World) -> None:
+        """Train the dedicated networks of both ends where they are missing.
+
+        Args:
+            argv: Arguments of `load_config`.
+            seeds: Seeds of every row.
+            world: This process.
+        """
+        self.argv, self.seeds, self.world = list(argv), seeds, world
+        self.base = load_config(self.argv)
+        self.data: PreparedData = open_data(self.base)
+        curves = [
+            dedicated_points(load_config(self.argv, {"seed": seed}), (0.0, 1.0), self.data, world) for seed in seeds
+        ]
+        self.frame: Frame = dedicated_frame(mean_points(curves))
+
+    def row(self, row: str) -> dict[str, object]:
+        """Train and measure what a row stands for, or read what was measured."""
+        told, norm = row.split(",")
+        name = f"{self.base.name}-{told}-{norm}"
+        configs: list[Config] = [
+            load_config(self.argv, {"name": name, "seed": seed, **settings_of(row)}) for seed in self.seeds
+        ]
+        runs = [trained(config, self.data, self.world) for config in configs]
+        curves = [points_of(run) for run in runs]
+        scores = [frontier_score(curve, self.frame) for curve in curves]
+        shares = [monotonicity(curve) for curve in curves]
+        found: dict[str, object] = {"film": "none" if told == "float" else told, "norm": norm}
+        found |= {"kind": "float" if told == "float" else "film", "score": round(statistics.mean(scores), 3)}
+        found["score_std"] = round(statistics.stdev(scores), 3) if len(scores) > 1 else None
+        for lam in (0.0, 0.2, 1.0):
+            for key in ("sa", "ra"):
+                values = [point[key] for curve in curves for point in curve if point["lam"] == lam]
+                found[f"{key}_{lam:g}"] = round(100 * statistics.mean(values), 2) if values else None
+        found |= {f"monotone_{k}": round(statistics.mean(s[k] for s in shares), 3) for k in ("sa", "ra")}
+        found |= {"parameters": num_parameters(runs[0]), "images_per_s": images_per_s(runs[0])}
+        print(found, file=sys.stderr, flush=True)
+        return found
+
+
+def report(rows: Sequence[Mapping[str, object]], plain: int, conditions: Mapping[str, object]) -> str:
+    """The table and its conditions.
+
+    Args:
+        rows: From `Ablation.row`.
+        plain: Parameters of the network without conditioning.
+        conditions: Where, with what, which seeds.
+    """
+    shown = [{**row, "over_plain_percent": round(100 * (row["parameters"] / plain - 1), 1)} for row in rows]
+    return f"{markdown(shown)}\n\n{describe(conditions)}"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train what is missing, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="FILM,NORM")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--docs", action="store_true", help="put the table into docs/reproduction.md")
+    args, rest = parser.parse_known_args(argv)
+    if not any(argument.startswith("--config") for argument in rest):
+        rest = ["--config=launch/configs/digits.yaml", "--data.loader=memory", *rest]
+    with init_world(load_config(rest).engine.threads) as world:
+        ablation = Ablation(rest, args.seeds, world)
+        rows = [ablation.row(row) for row in args.rows]
+        plain = trained(_plain(ablation), ablation.data, world)
+        conditions = {"seeds": " ".join(map(str, args.seeds)), "test_images": ablation.data.counts["test"]}
+        conditions |= environment(world.device)
+    text = report(rows, num_parameters(plain), conditions)
+    print(text)
+    save([row | conditions for row in rows], RESULTS / f"conditioning_{ablation.base.name}.csv")
+    if args.docs:
+        put_into_docs(f"conditioning {ablation.base.name}", text)
+
+
+def _plain(ablation: Ablation) -> Config:
+    """A run whose network has no conditioning: a dedicated one of the frame."""
+    from oat_dist.dedicated import dedicated_config
+
+    return dedicated_config(load_config(ablation.argv, {"seed": ablation.seeds[0]}), 0.0, ablation.seeds[0])
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,44 @@
+"""Runs of a benchmark: found again by their fingerprint, trained where they are missing."""
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+from oat_dist.config import Config
+from oat_dist.data import PreparedData
+from oat_dist.dedicated import dedicated_config, find_trained, measure_run
+from oat_dist.distributed import World
+from oat_dist.evaluation import EvaluationAttack
+from oat_dist.runs import load_run
+from oat_dist.trainer import train
+
+
+def trained(config: Config, data: PreparedData, world: World) -> pathlib.Path:
+    """Folder of a finished run of a configuration, in its output_dir."""
+    return find_trained(config, data) or train(config, world)
+
+
+def points_of(run: pathlib.Path) -> list[dict]:
+    """What a run measured at its end."""
+    return json.loads((run / "frontier.json").read_text())["points"]
+
+
+def images_per_s(run: pathlib.Path) -> float:
+    """Training images per second of a run, its steps weighed by their time."""
+    lines = [json.loads(line) for line in (run / "timings.jsonl").read_text().splitlines()]
+    config: Config = load_run(run)[0]
+    return round(lines[-1]["step"] * config.optim.batch_size / lines[-1]["elapsed_s"], 1)
+
+
+def num_parameters(run: pathlib.Path) -> int:
+    """Trained numbers of a run's network."""
+    return sum(parameter.numel() for parameter in load_run(run)[1].parameters())
+
+
+def dedicated_points(config: Config, lambdas: Sequence[float], data: PreparedData, world: World) -> list[dict]:
+    """Points on test of the dedicated networks of a configuration's seed and recipe."""
+    points, attack = [], EvaluationAttack.of(config)
+    for lam in lambdas:
+        run = trained(dedicated_config(config, lam, config.seed), data, world)
+        points += measure_run(run, [lam], attack, data=data, split="test", world=world)
+    return points
