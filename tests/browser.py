@@ -47,6 +47,7 @@ class Browser:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Performance.enable", timeDomain="threadTicks")
 
     def call(self, method: str, **params: object) -> dict:
         """One command and its result; events that come first are kept."""
@@ -86,10 +87,15 @@ class Browser:
         assert "exceptionDetails" not in done, done["exceptionDetails"]
         return done["result"].get("value")
 
-    def press(self, key: str, code: int) -> None:
-        """Press and release a key."""
+    def press(self, key: str, code: int, text: str = "") -> None:
+        """Press and release a key; `text` is what it would write."""
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text=text)
+
+    def busy_s(self) -> float:
+        """Processor time of the page's own thread until now: what other processes do does not count."""
+        found = self.call("Performance.getMetrics")["metrics"]
+        return next(metric["value"] for metric in found if metric["name"] == "TaskDuration")
 
     def picture(self, path: pathlib.Path, *, whole: bool = False) -> None:
         """Write a PNG of what is seen, or of the whole page."""

@@ -15,7 +15,8 @@ const MARKS = ["circle", "square", "triangle", "nabla", "plus", "hexagon", "star
 const DASHES = ["", "8 4", "2 3", "10 3 2 3", "5 2", "1 4", "12 4"];
 
 function outline(kind, r) {
-  const polygon = (corners) => "M" + corners.map(([x, y]) => `${(x * r).toFixed(2)},${(y * r).toFixed(2)}`).join("L") + "Z";
+  const corner = ([x, y]) => `${(x * r).toFixed(2)},${(y * r).toFixed(2)}`;
+  const polygon = (corners) => `M${corners.map(corner).join("L")}Z`;
   const around = (n, turn, inner = 1) => Array.from({length: n}, (_, i) => {
     const angle = turn + i * 2 * Math.PI / n, size = i % 2 ? inner : 1;
     return [1.15 * size * Math.cos(angle), 1.15 * size * Math.sin(angle)];
@@ -36,9 +37,8 @@ function outline(kind, r) {
 function niceTicks(low, high, count) {
   const rough = (high - low) / Math.max(1, count), power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough * .999);
-  const ticks = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i += 1) ticks.push(Number((i * step).toPrecision(12)));
-  return ticks;
+  const first = Math.ceil(low / step - 1e-9), last = Math.floor(high / step + 1e-9);
+  return Array.from({length: last - first + 1}, (_, i) => Number(((first + i) * step).toPrecision(12)));
 }
 
 function spread(values, share, within = [-Infinity, Infinity]) {
@@ -65,7 +65,8 @@ function axes(host, {x, y, height, label, right = 14}) {
     add(root, "text", {x: left - 8, y: toY(tick) + 4, "text-anchor": "end"}, (y.format || String)(tick));
   }
   add(root, "line", {class: "axis", x1: left, x2: width - right, y1: height - bottom, y2: height - bottom});
-  if (x.title) add(root, "text", {class: "title", x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle"}, x.title);
+  const under = {class: "title", x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle"};
+  if (x.title) add(root, "text", under, x.title);
   return {root, x, y, toX, toY, width, height, left, right, top, bottom};
 }
 
@@ -74,7 +75,8 @@ function path(points, {toX, toY}) {
 }
 
 function drawMark(parent, kind, x, y, r, style) {
-  return add(parent, "path", {d: outline(kind, r), transform: `translate(${x.toFixed(1)},${y.toFixed(1)})`, class: style});
+  const transform = `translate(${x.toFixed(1)},${y.toFixed(1)})`;
+  return add(parent, "path", {d: outline(kind, r), transform, class: style});
 }
 
 function swatch(parent, {colour, mark, dash, hollow = false}) {
@@ -83,3 +85,8 @@ function swatch(parent, {colour, mark, dash, hollow = false}) {
   if (mark) drawMark(root, mark, 17, 7, 4.5, hollow ? "hollow" : "fill");
   return root;
 }
+
+const percent = (value) => 100 * value;
+const short = (value) => String(Number(value.toPrecision(4)));
+
+// In what follows, a function `make...` builds a part of the page and returns what moves it to another lambda.

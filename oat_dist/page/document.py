@@ -22,7 +22,7 @@ from oat_dist.weights import whole_file
 
 IMAGES = 12
 """Images of a gallery."""
-_SCRIPTS = ("chart.js", "panels.js", "page.js")
+_SCRIPTS = ("chart.js", "curves.js", "moment.js", "tables.js", "page.js")
 _IN_SCRIPT = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 

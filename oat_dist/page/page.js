@@ -17,7 +17,8 @@
   slider.value = asked >= 0 ? asked : Math.min(1, page.stops.length - 1);
   const go = (lam) => { slider.value = page.stops.indexOf(lam); move(); };
 
-  const abouts = new Set(page.runs.map((run) => `${run.model} on ${run.dataset} ${run.split}, n = ${run.num_examples}; ${run.attack}`));
+  const measured = (run) => `${run.model} on ${run.dataset} ${run.split}, n = ${run.num_examples}; ${run.attack}`;
+  const abouts = new Set(page.runs.map(measured));
   spot("about").textContent = (abouts.size > 1 ? "Not measured alike: " : "") + [...abouts].join(" · ");
   const hasIntervals = page.runs.some((run) => run.points.some((p) => "sa_ci" in p));
   spot("curves-note").textContent = (hasIntervals ? "Bars are 95% confidence intervals over images. " : "") +
@@ -41,7 +42,7 @@
   const trainings = page.runs.map((run) => [add(spot("training"), "div", {class: "card"}), run]);
   for (const run of page.runs) {
     movers.push(makeReadout(spot("readouts"), run), makeNow(spot("now"), run));
-    for (const matrix of run.matrices) movers.push(makeMatrix(spot("matrix-columns"), run, matrix, matrix.title));
+    for (const matrix of run.matrices) movers.push(makeMatrix(spot("matrix-columns"), run, matrix));
     makeOrigin(spot("origin"), run);
   }
   spot("matrices").hidden = !page.runs.some((run) => run.matrices.length);
@@ -58,8 +59,8 @@
     slider.setAttribute("aria-valuetext", `lambda ${text}`);
     for (const [tick, its] of ticks) tick.classList.toggle("here", its === lam);
     for (const each of [...movers, ...plots]) each(lam);
-    spot("spoken").textContent = page.runs.filter((run) => run.at.has(lam))
-      .map((run) => `${run.label} at lambda ${text}: SA ${run.at.get(lam).sa_text} percent, RA ${run.at.get(lam).ra_text} percent`).join("; ");
+    const speak = (run, p) => `${run.label} at lambda ${text}: SA ${p.sa_text} percent, RA ${p.ra_text} percent`;
+    spot("spoken").textContent = page.runs.filter((run) => run.at.has(lam)).map((run) => speak(run, run.at.get(lam))).join("; ");
   };
 
   spot("csv").value = csv(page);

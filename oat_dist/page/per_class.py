@@ -19,7 +19,7 @@ from oat_dist.evaluation.loop import CLEAN, ROBUST
 from oat_dist.page.finished import FinishedRun, Images
 from oat_dist.weights import read_tensors
 
-MEASURED_AGAIN = 100
+MEASURED_AGAIN = 50
 """Images, evenly spread, that are measured where no outcomes were kept."""
 
 

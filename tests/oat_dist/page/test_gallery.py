@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 
 from oat_dist.evaluation import EvaluationAttack, Plan, run_plan
+from oat_dist.evaluation.ball import Ball
+from oat_dist.evaluation.iterated import break_images
 from oat_dist.evaluation.loop import ROBUST
-from oat_dist.evaluation.surface import Surfaces
+from oat_dist.evaluation.surface import Surface, Surfaces
 from oat_dist.page.finished import open_finished, read_images
 from oat_dist.page.gallery import BYTES, _fit, _in_turn, _sheet, attacked, gallery
 from tests.oat_dist.evaluation.networks import Linear, linear_images
@@ -44,18 +46,19 @@ def test_an_attacked_image_is_wrong_exactly_where_the_evaluation_counts_it_as_br
 
 
 def test_an_image_that_only_an_early_iterate_breaks_is_shown_broken():
-    x, label = torch.full((2, 1, 1, 1), 0.5), torch.zeros(2, dtype=torch.int64)
+    num_images = 32
+    x, label = torch.full((num_images, 1, 1, 1), 0.5), torch.zeros(num_images, dtype=torch.int64)
 
-    def logits_fn(x):  # wrong in a narrow band next to the image, where an attack passes without stopping
+    def logits_fn(x):  # wrong in a narrow band beside the image, which the attack passes through and leaves behind
         value = x.flatten(1)
-        wrong = ((value - 0.55).abs() < 0.02).float() + 0 * value
-        return torch.cat((0.5 - value, wrong), 1)
+        return torch.cat((0.9 - value, ((value - 0.55).abs() < 0.02).float()), 1)
 
-    attack = EvaluationAttack(eps=0.2, steps=8, step_size=0.03)
-    key_of = torch.tensor([0, 1])
-    shown = attacked(logits_fn, x, label, key_of, attack, seed=0)
-    network_says = logits_fn(shown).argmax(1)
-    assert bool((network_says != label).all())
+    attack = EvaluationAttack(eps=0.2, steps=14, step_size=0.03)
+    surface, index = Surface(decide=logits_fn, gradient=logits_fn), torch.arange(num_images)
+    broken = break_images(surface, x, label, index, attack, seed=0, ball=Ball("linf", 0.2))
+    shown = attacked(logits_fn, x, label, index, attack, seed=0)
+    assert torch.equal(logits_fn(shown).argmax(1) != label, broken) and 8 < int(broken.sum()) < num_images
+    assert bool((logits_fn(torch.full_like(x, 0.7)).argmax(1) == label).all()), "where an attack ends, all are right"
 
 
 def test_the_sheet_has_the_clean_images_and_then_the_attacked_ones_by_lambda(shown_runs):
@@ -97,3 +100,15 @@ def test_the_run_of_a_network_that_is_never_wrong_is_drawn_without_a_division_by
     config = dataclasses.replace(run.config, attack=dataclasses.replace(run.config.attack, norm="l2", eps_255=0.0))
     found = gallery(dataclasses.replace(run, config=config), read_images(run), CPU, num_images=2, num_bytes=BYTES)
     assert found["gain"] == 1.0 and np.array_equal(*pixels(found)[[0, 1]])
+
+
+@pytest.mark.gpu
+def test_a_gpu_makes_the_gallery_of_the_cpu(shown_runs):
+    found = []
+    for device in (CPU, torch.device("cuda")):
+        run = open_finished(shown_runs[0])
+        found.append(gallery(run, read_images(run), device, num_images=5, num_bytes=BYTES))
+    for name in ("clean", "attacked"):
+        one, other = (np.array(each[name]["confidence"]) for each in found)
+        assert np.abs(one - other).max() < 1e-2
+    assert found[0]["index"] == found[1]["index"] and found[0]["clean"]["answer"] == found[1]["clean"]["answer"]

@@ -21,7 +21,7 @@ TAB, END, HOME, LEFT, RIGHT, ENTER = (
     ("Home", 36),
     ("ArrowLeft", 37),
     ("ArrowRight", 39),
-    ("Enter", 13),
+    ("Enter", 13, "\r"),
 )
 TEXTS = """selector => [...document.querySelectorAll(selector)].map(e => e.textContent)"""
 
@@ -99,21 +99,24 @@ def test_the_slider_moves_points_bars_matrix_and_pictures_within_a_tenth_of_a_se
     state = """[document.querySelector('#plane .follow').style.transform,
         document.querySelector('.beam i').style.width, document.querySelector('.heat .here')?.cellIndex,
         ...[...document.querySelectorAll('.picture canvas')].slice(0, 3).map(c => c.toDataURL())]"""
-    seen, times = [], []
+    seen, times, busy = [], [], []
     for at in (0, 1, 2, 3, 1, 0):
+        before = browser.busy_s()
         times.append(browser.run(f"""new Promise(done => {{
             const slider = document.getElementById('lambda'), start = performance.now();
             slider.value = {at};
             slider.dispatchEvent(new Event('input'));
             requestAnimationFrame(() => setTimeout(() => done(performance.now() - start)));
         }})"""))  # fmt: skip
+        busy.append(1000 * (browser.busy_s() - before))
         seen.append(browser.run(state))
     assert seen[5] == seen[0] and seen[4] == seen[1]
     assert all(first[0] != second[0] and first[4:] != second[4:] for first, second in itertools.pairwise(seen))
     assert len({each[3] for each in seen}) == 1, "the clean image is always the same"
     assert [each[2] for each in seen] == [None, 1, 2, None, 1, None]
-    print(f"slider: {sorted(times)[len(times) // 2]:.0f} ms, {max(times):.0f} ms at most")
-    assert min(times) > 0 and sorted(times)[len(times) // 2] < 100
+    # Until the next frame is drawn. On a machine with much else to do the clock measures the others.
+    print(f"slider: {min(times):.0f} to {max(times):.0f} ms, of which busy {min(busy):.0f} to {max(busy):.0f} ms")
+    assert 0 < max(busy) < 100
 
 
 def test_the_page_opens_within_two_seconds(browser, page):
@@ -150,10 +153,9 @@ def test_the_keyboard_reaches_and_moves_everything(browser, page):
         if browser.run("document.activeElement.id") == "copy":
             break
     assert browser.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    browser.run("document.getElementById('copy').click()")
-    assert browser.run(
-        """new Promise(done => setTimeout(() => done(document.getElementById('copied').textContent), 200))"""
-    )
+    browser.press(*ENTER)
+    said = "new Promise(done => setTimeout(() => done(document.getElementById('copied').textContent), 200))"
+    assert browser.run(said) in ("copied", "select and copy from the field below")
     names = browser.run("""[...document.querySelectorAll('canvas, svg[role=img], input, textarea')]
         .filter(e => !e.getAttribute('aria-label') && !e.labels?.length).length""")
     assert names == 0, "an image or a control has no name"
