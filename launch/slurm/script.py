@@ -60,8 +60,10 @@ env --default-signal=INT {python} {search} {arguments} "${{resume[@]}}" &
 
 _SEARCH_MANY = """\
 # One Ray node per machine, on the address of that machine; they end with the job.
-head="$(getent ahostsv4 "$MASTER_ADDR" | head -n 1 | cut -d " " -f 1):$MASTER_PORT"
-export head
+# The first node is this one. Ray takes no loopback address for a cluster of several nodes.
+head=$(getent ahostsv4 "$MASTER_ADDR" | head -n 1 | cut -d " " -f 1)
+case $head in 127.*) head=$(hostname -I | cut -d " " -f 1) ;; esac
+export head=$head:$MASTER_PORT
 ray='common="--num-cpus=$SLURM_CPUS_ON_NODE --disable-usage-stats --block"
 if [ "$SLURM_NODEID" = 0 ]; then
     exec "$0" start --head --node-ip-address="${{head%:*}}" --port="${{head#*:}}" --include-dashboard=false $common
