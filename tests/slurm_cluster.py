@@ -72,7 +72,10 @@ def slurm_cluster(folder: pathlib.Path) -> Iterator[dict[str, str]]:
         wait_for(lambda: _idle_nodes(env) == 2, 60, "the nodes do not come up")
         yield env
     finally:
-        subprocess.run(["scancel", "--user=root"], env=env, capture_output=True, timeout=30)
+        for options in (["--full", "--signal=KILL"], []):
+            subprocess.run(["scancel", "--user=root", *options], env=env, capture_output=True, timeout=30)
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: _queue(env) == "", 15, "jobs do not end")
         for process in reversed(started):
             process.terminate()
         for process in started:
@@ -87,6 +90,10 @@ def wait_for(condition, limit_s: float, complaint: str) -> None:
     while not condition():
         assert time.monotonic() < end, complaint
         time.sleep(0.2)
+
+
+def _queue(env: dict[str, str]) -> str:
+    return subprocess.run(["squeue", "-h"], env=env, capture_output=True, text=True).stdout.strip()
 
 
 def _idle_nodes(env: dict[str, str]) -> int:

@@ -64,6 +64,8 @@ _SEARCH_MANY = """\
 head=$(getent ahostsv4 "$MASTER_ADDR" | head -n 1 | cut -d " " -f 1)
 case $head in 127.*) head=$(hostname -I | cut -d " " -f 1) ;; esac
 export head=$head:$MASTER_PORT
+# Whoever reaches the port needs the token of this job.
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')
 ray='common="--num-cpus=$SLURM_CPUS_ON_NODE --disable-usage-stats --block"
 if [ "$SLURM_NODEID" = 0 ]; then
     exec "$0" start --head --node-ip-address="${{head%:*}}" --port="${{head#*:}}" --include-dashboard=false $common
