@@ -129,8 +129,10 @@ def traced(model: nn.Module, about: dict) -> tuple[torch.export.ExportedProgram,
 
 
 def _pt2(model: nn.Module, about: dict) -> bytes:
-    buffer = io.BytesIO()
-    torch.export.save(traced(model, about)[0], buffer, extra_files={"about.json": json.dumps(about)})
+    buffer, program = io.BytesIO(), traced(model, about)[0]
+    # torch would store the example as a pickle.
+    program.example_inputs = None
+    torch.export.save(program, buffer, extra_files={"about.json": json.dumps(about)})
     return buffer.getvalue()
 
 
