@@ -113,10 +113,10 @@ def traced(model: nn.Module, about: dict) -> tuple[torch.export.ExportedProgram,
     """The graph of a deployed network with any number of images, and the example it was traced with.
 
     Args:
-        model: Of `fold_network` or `with_lambda`; its tensors become contiguous.
+        model: Of `fold_network` or `with_lambda`; its convolutions become channels last, the faster layout.
         about: With `image_shape`, (H, W, C), and `lam`.
     """
-    model.to(memory_format=torch.contiguous_format)
+    model.to(memory_format=torch.channels_last)
     height, width, channels = about["image_shape"]
     dtype = next(tensor.dtype for tensor in model.state_dict().values())
     # Two images: a dimension of 1 would be taken for a constant.
