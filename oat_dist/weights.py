@@ -53,14 +53,22 @@ def read_tensors(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
     Raises:
         UserError: It cannot be read, or is anything but safetensors.
     """
-    try:
-        with safetensors.safe_open(path, "pt") as stream:
-            about = json.loads((stream.metadata() or {}).get("about", "{}"))
+    about = read_about(path)
+    with _readable(path):
         return safetensors.torch.load_file(path), about
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: damaged, or not a safetensors file: {error}") from None
+
+
+def read_about(path: pathlib.Path) -> dict:
+    """What the header of a file of `write_tensors` says, without its tensors.
+
+    Args:
+        path: A .safetensors file.
+
+    Raises:
+        UserError: As `read_tensors`.
+    """
+    with _readable(path), safetensors.safe_open(path, "pt") as stream:
+        return json.loads((stream.metadata() or {}).get("about", "{}"))
 
 
 def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], path: pathlib.Path) -> None:
@@ -89,6 +97,16 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], path: pathlib
     if problems:
         raise UserError(f"{path}: does not fit the network; {'; '.join(problems)}")
     module.load_state_dict(dict(tensors), strict=True)
+
+
+@contextlib.contextmanager
+def _readable(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: damaged, or not a safetensors file: {error}") from None
 
 
 def _some(names: list[str]) -> str:

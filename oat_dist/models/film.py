@@ -44,7 +44,7 @@ class FiLMGenerator(nn.Module):
 
     def forward(self, code_LE: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift of every channel for every code."""
-        return _scale_and_shift(self.output(F.leaky_relu(self.hidden(code_LE))), self.start)
+        return scale_and_shift(self.output(F.leaky_relu(self.hidden(code_LE))), self.start)
 
     def parts(self, channels: int) -> tuple[Tensor, ...]:
         """Weights and biases of the leading units, which make the leading channels."""
@@ -169,7 +169,7 @@ def generate(
     for count, members in same_shape.items():
         stacked = [torch.stack(part) for part in zip(*(generators[i].parts(count) for i in members), strict=True)]
         first = generators[members[0]]
-        scale_FLC, shift_FLC = _scale_and_shift(first.together(code_LE, stacked), first.start)
+        scale_FLC, shift_FLC = scale_and_shift(first.together(code_LE, stacked), first.start)
         if mix_LK is not None:
             scale_FLC, shift_FLC = mix_LK @ scale_FLC, mix_LK @ shift_FLC
         films |= zip(members, zip(scale_FLC.unbind(), shift_FLC.unbind(), strict=True), strict=True)
@@ -187,7 +187,7 @@ def _leading(scale_then_shift: Tensor, channels: int) -> Tensor:
     return scale_then_shift if channels == rows.shape[1] else rows[:, :channels].flatten(0, 1)
 
 
-def _scale_and_shift(out: Tensor, start: str) -> tuple[Tensor, Tensor]:
+def scale_and_shift(out: Tensor, start: str) -> tuple[Tensor, Tensor]:
     """The two halves of the last dimension of a generator's last layer, after what its start asks for."""
     if start == "paper":
         return F.leaky_relu(out).chunk(2, -1)
