@@ -9,7 +9,7 @@ import torch
 import train_step
 from arrangements import ARRANGEMENTS, draw_batches
 from measuring import Stopwatch
-from published_step import as_attacked, published, published_attack
+from published_step import Told, as_attacked, published, published_attack
 from table import environment
 
 from oat_dist.config import Config
@@ -80,7 +80,7 @@ def test_the_published_attack_stays_in_its_ball_and_gives_parameters_their_gradi
 
     def logits(images):
         wanted.extend(p.requires_grad for p in twin.parameters())
-        return twin._logits(images, (codes, 0))
+        return twin._logits(images, Told(codes, 0))
 
     with as_attacked(twin):
         x_adv = published_attack(logits, x, label, eps=0.1, steps=3, step_size=0.05)
