@@ -17,6 +17,7 @@ OWNERS = {
     "ray": "tune/cluster.py",
     "optuna": "tune/tpe.py",
     "pyautoattack": "oat_dist/evaluation/autoattack.py",
+    "onnx": "oat_dist/deployment/exporting.py",
 }
 SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
 
