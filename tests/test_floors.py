@@ -18,6 +18,7 @@ OWNERS = {
     "optuna": "tune/tpe.py",
     "wandb": "oat_dist/boards.py",
     "pyautoattack": "oat_dist/evaluation/autoattack.py",
+    "onnx": "oat_dist/deployment/exporting.py",
 }
 SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
 

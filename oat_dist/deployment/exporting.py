@@ -15,8 +15,8 @@ import importlib.util
 import io
 import json
 import logging
-import os
 import pathlib
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -175,9 +175,11 @@ def _checked_target(out: pathlib.Path, kind: str) -> pathlib.Path:
         raise UserError(f"--out {out}: exists already; name another file, or remove it")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
-    if not os.access(out.parent, os.W_OK):
-        raise UserError(f"--out {out}: cannot be written; give write permission to {out.parent}, or name another file")
-    return out
+    try:
+        with tempfile.TemporaryFile(dir=out.parent):
+            return out
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}; name another file") from None
 
 
 @contextlib.contextmanager

@@ -163,6 +163,7 @@ def test_bad_input_is_one_line_exit_code_2_and_no_file(runs, tmp_path, monkeypat
         ([run, "--lam=0.3", "--format=onnx", f"--out={tmp_path}/there.onnx"], "there.onnx: exists already"),
         ([run, "--lam=0.3", "--format=pt2", f"--out={tmp_path}/no/new.pt2"], "there is no folder"),
         ([run, "--lam=0.3", "--format=pt2", f"--out={tmp_path}/file/new.pt2"], "there is no folder"),
+        ([run, "--lam=0.3", "--format=pt2", "--out=/proc/new.pt2"], "--out /proc/new.pt2: cannot be written: "),
         ([run, "--lam=0.3", "--format=jpeg"], "argument --format: invalid choice"),
         ([run, "--lam=0.3", "--width=0.7"], "--width=0.7: was not trained"),
         ([run, "--format=pt2"], "--format=pt2: needs --lam"),
