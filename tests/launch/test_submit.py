@@ -129,12 +129,12 @@ def test_a_job_that_is_sent_back_into_the_queue_twice_ends_as_an_undisturbed_run
         # As before a time limit, then as an administrator who takes the nodes away.
         stop = ["scancel", "--signal=USR1", job] if times == 1 else ["scontrol", "requeue", job]
         assert run(*stop).returncode == 0
-        wait_for(lambda: state(job) == "PENDING", 60, "the job does not return to the queue")
+        wait_for(lambda: state(job) == "PENDING", 180, "the job does not return to the queue")
         at = steps_done(folder)
         assert step <= at < STEPS, "it stopped on the way"
         assert list((mine / "checkpoints").glob(f"step_{at:08d}*")), "with a checkpoint of its last step"
         assert f"job {job}: " in status(mine) and f"step {at} of {STEPS}" in status(mine)
-        wait_for(lambda: state(job) != "PENDING", 60, "the job does not start again")
+        wait_for(lambda: state(job) != "PENDING", 180, "the job does not start again")
     wait_for(lambda: state(job) in ("COMPLETED", "FAILED"), 180, "the job does not end")
     (log,) = (mine / "slurm").glob("log_*.txt")
     assert state(job) == "COMPLETED", log.read_text()

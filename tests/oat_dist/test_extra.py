@@ -249,7 +249,7 @@ def test_the_weights_make_nobody_wait_for_the_device(monkeypatch):
     config = dataclasses.replace(make(), data=DataConfig(extra="more", extra_weight=0.5))
     network, lam = disturbed(config), torch.tensor([0, 0.1, 1, 1], dtype=torch.float64)
     batch, cond = make_batch(4), network.condition(lam)
-    monkeypatch.setattr(type(network), "condition", lambda self, lam_N: cond)
+    monkeypatch.setattr(type(network), "condition", lambda self, lam_N, **kwargs: cond)
     monkeypatch.setattr("kernels.checks._check_index", lambda *a: None)
     with _NoWaiting():
         training_losses(network, batch, lam, config=config, epoch=0, forward=network).loss_N.sum().backward()

@@ -134,6 +134,9 @@ ENGINES = {
     "sandwich, zero 2": {"model": SANDWICH, "zero_stage": 2, "eps_255": 0.0},
     "weight noise, zero 1": {"conditioning": FLOAT, "zero_stage": 1, "eps_255": 0.0},
 }
+# The narrowest of four widths, a network of few channels, turns differences of 4e-8 in the first six losses into 1.1e-3
+# in the tenth, with ZeRO 0 as well.
+SLACK = {"sandwich, zero 2": 1e-2}
 FOR_FOUR = ("zero 0", "zero 1", "zero 2, accumulating, uneven")
 
 
@@ -175,7 +178,8 @@ def deepspeed_losses(digits):
 def test_through_deepspeed_ranks_agree_with_one(deepspeed_losses, name, ranks):
     alone, shared = deepspeed_losses(1)[name], deepspeed_losses(ranks)[name]
     assert alone[-1] < alone[0] - 0.05, "training goes forward"
-    torch.testing.assert_close(shared, alone, rtol=1e-3, atol=0)
+    torch.testing.assert_close(shared, alone, rtol=SLACK.get(name, 1e-3), atol=0)
+    torch.testing.assert_close(shared[:4], alone[:4], rtol=1e-5, atol=0)
 
 
 @pytest.mark.dist

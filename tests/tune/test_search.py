@@ -70,7 +70,8 @@ def test_a_search_with_a_crash_goes_on_after_sigkill_and_reports_on_test(setting
     config = config_file(tmp_path / "search.yaml", "{model.init_from: [missing.safetensors, null]}")
     args = command("--config", config, *settings, "--search.algorithm=grid")
     output = pathlib.Path(settings[-1].partition("=")[2])
-    victim = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # What it says of an error is shown where the test fails.
+    victim = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
         wait_for(output, "*_search/trials/*/*/checkpoints/step_*", victim)
         heard = ray_addresses(victim.pid)
