@@ -21,7 +21,7 @@ test: setup
 
 # Twenty kills at random steps; `test` has four.
 test-faults: setup
-	FAULTS_KILLS=20 python -m pytest tests/launch/test_faults.py -k killed $(ARGS)
+	FAULTS_KILLS=20 python -m pytest tests/launch/test_faults.py tests/launch/test_submit.py -k "killed or twice" $(ARGS)
 
 lint: setup
 	ruff check .
