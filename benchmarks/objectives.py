@@ -13,33 +13,38 @@ same command goes on. Writes benchmarks/results/objectives_<name of the configur
 """
 
 import argparse
-import json
 import pathlib
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
 from table import RESULTS, describe, environment, markdown, put_into_docs, save
-from trained import images_per_s
+from trained import images_per_s, trained, training_seconds
 
 from launch import prepare_data, pseudo_label
 from oat_dist.config import fingerprint
 from oat_dist.config_io import load_config
 from oat_dist.data import PreparedData
-from oat_dist.dedicated import find_trained
+from oat_dist.dedicated import measure_run
 from oat_dist.distributed import World
 from oat_dist.engine import init_world
 from oat_dist.errors import UserError
+from oat_dist.evaluation import EvaluationAttack
 from oat_dist.losses import ROBUST, find_objective, require_setting
-from oat_dist.trainer import open_data, train
+from oat_dist.trainer import open_data
 
 MODES = ("dedicated", "once_for_all")
 LAMBDAS = (0.0, 0.2, 1.0)
 # A fifth of the pixel range, half the learning rate: at 0.25 and 0.4, MART alone stays at guessing in 20 epochs.
-DIGITS = ("--config=launch/configs/digits.yaml", "--data.loader=memory", "--attack.eps_255=51", "--optim.lr=0.2")
+DIGITS = (
+    "--config=launch/configs/digits.yaml",
+    "--data.loader=memory",
+    "--attack.eps_255=51",
+    "--optim.lr=0.2",
+    "--evaluation.lambdas=[0.0,0.2,1.0]",
+)
 # The paper's weights, made for eps = 8/255, leave nothing but a constant network at this eps.
 DIGITS_SETTINGS = ("llr.weight=0.2",)
 
@@ -55,7 +60,7 @@ def settings_of(objective: str, mode: str, own: Mapping[str, float] | None = Non
     settings: dict[str, Any] = {"loss.robust": objective}
     settings |= {f"loss.settings.{name}": value for name, value in (own or {}).items()}
     if mode == "once_for_all":
-        return settings | {"evaluation.lambdas": list(LAMBDAS)}
+        return settings
     settings |= alone(1.0)
     # The objective as published has no clean images where its loss has none.
     return settings | {"loss.clean_at_one": bool(ROBUST[objective].needs & {"clean_logits", "input_gradient"})}
@@ -63,8 +68,8 @@ def settings_of(objective: str, mode: str, own: Mapping[str, float] | None = Non
 
 def alone(lam: float) -> dict[str, Any]:
     """Settings of a network of one lambda, without conditioning."""
-    told = {"conditioning.lambdas": [lam], "conditioning.film": "none", "conditioning.norm": "single"}
-    return told | {"evaluation.lambdas": [lam]}
+    told = {"conditioning.lambdas": [lam], "conditioning.weights": None, "conditioning.film": "none"}
+    return told | {"conditioning.norm": "single", "evaluation.lambdas": [lam]}
 
 
 def own_settings(texts: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -103,18 +108,15 @@ class Table:
         """Train and measure one network, or read what was measured."""
         config = load_config(self.argv, {"name": f"{self.base.name}-{objective}-{mode}", **settings})
         data = open_data(config)
-        run, start = find_trained(config, data), time.perf_counter()
-        if run is None:
-            run = train(config, self.world)
-            seconds = round(time.perf_counter() - start, 1)
-            (run / "seconds.json").write_text(json.dumps(seconds))
-        points = json.loads((run / "frontier.json").read_text())["points"]
+        run, lambdas = trained(config, data, self.world), config.evaluation.lambdas
+        attack = EvaluationAttack.of(config)
+        points = measure_run(run, lambdas, attack, data=data, split="test", world=self.world)
         row: dict[str, object] = {"objective": objective, "mode": mode, "settings": note}
         for lam in LAMBDAS:
             point = next((p for p in points if p["lam"] == lam), {})
             for key in ("sa", "ra"):
                 row[f"{key}_{lam:g}"] = round(100 * point[key], 2) if point else None
-        row |= {"seconds": json.loads((run / "seconds.json").read_text()), "images_per_s": images_per_s(run)}
+        row |= {"seconds": training_seconds(run), "images_per_s": images_per_s(run)}
         row |= {"seed": config.seed, "test_images": data.counts["test"], "fingerprint": fingerprint(config)}
         print(row, file=sys.stderr, flush=True)
         return row
@@ -132,7 +134,7 @@ class Table:
             # As many steps as on all images.
             teacher = {"name": labelled, "optim.epochs": 2 * self.base.optim.epochs}
             config = load_config(self.argv, {**teacher, **settings, **alone(0.0)})
-            run = find_trained(config, open_data(config)) or train(config, self.world)
+            run = trained(config, open_data(config), self.world)
             pseudo_label.main([f"--run={run}", f"--images=npz:{root / labelled}.npz", f"--name={extra}",
                                f"--out={root}"])  # fmt: skip
         return settings | {"data.extra": extra}

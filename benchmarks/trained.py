@@ -23,11 +23,16 @@ def points_of(run: pathlib.Path) -> list[dict]:
     return json.loads((run / "frontier.json").read_text())["points"]
 
 
+def training_seconds(run: pathlib.Path) -> float:
+    """Seconds that the training steps of a run took, all interruptions left out."""
+    return round(json.loads((run / "timings.jsonl").read_text().splitlines()[-1])["elapsed_s"], 1)
+
+
 def images_per_s(run: pathlib.Path) -> float:
     """Training images per second of a run, its steps weighed by their time."""
-    lines = [json.loads(line) for line in (run / "timings.jsonl").read_text().splitlines()]
+    step = json.loads((run / "timings.jsonl").read_text().splitlines()[-1])["step"]
     config: Config = load_run(run)[0]
-    return round(lines[-1]["step"] * config.optim.batch_size / lines[-1]["elapsed_s"], 1)
+    return round(step * config.optim.batch_size / training_seconds(run), 1)
 
 
 def num_parameters(run: pathlib.Path) -> int:

@@ -31,6 +31,15 @@ def test_every_objective_has_a_run_of_its_own_in_either_mode(mode):
     assert len(prints) == len(ROBUST)
 
 
+def test_weighted_lambdas_leave_every_row_its_settings():
+    argv = ["--config=launch/configs/cifar10_8k_wrn10_2.yaml"]
+    assert load_config(argv).conditioning.weights is not None
+    alone = [objectives.alone(0.0), objectives.settings_of("trades", "dedicated")]
+    assert all(load_config(argv, settings).conditioning.weights is None for settings in alone)
+    together = load_config(argv, objectives.settings_of("pgd_at", "once_for_all"))
+    assert fingerprint(together) == fingerprint(load_config(argv)), "PGD-AT is the run of launch/train.py"
+
+
 def test_settings_that_are_not_the_papers_are_named_by_objective():
     own = objectives.own_settings(["llr.weight=0.2", "mart.beta=2", "llr.gradient=0"])
     assert own == {"llr": {"weight": 0.2, "gradient": 0.0}, "mart": {"beta": 2.0}}
