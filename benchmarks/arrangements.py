@@ -93,7 +93,7 @@ def draw_batches(setting: Setting) -> Iterator[tuple[int, Batch, Tensor]]:
 
 
 def ours(setting: Setting) -> Step:
-    """A step as `oat_dist.trainer` takes it, on one rank and without accumulation."""
+    """A step as `oat_dist.training` takes it, on one rank and without accumulation."""
     config, network = setting.config, _network(setting, setting.config)
     optimizer = build_optimizer(network, config.optim)
     batches = draw_batches(setting)

@@ -43,8 +43,8 @@ def settings_of(row: str) -> dict[str, Any]:
     told, norm = row.split(",")
     if told != "float":
         return {"conditioning.film": told, "conditioning.norm": norm}
-    binary = {"conditioning.kind": "float", "conditioning.film": "none", "conditioning.lambdas": [0.0, 1.0]}
-    return binary | {"conditioning.norm": norm, "loss.clean_at_one": False}
+    binary = {"conditioning.lambdas": [0.0, 1.0], "conditioning.weights": None, "loss.clean_at_one": False}
+    return binary | {"conditioning.kind": "float", "conditioning.film": "none", "conditioning.norm": norm}
 
 
 class Ablation:

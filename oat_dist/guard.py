@@ -5,7 +5,7 @@ PGD falls to 0 while that under the attack of training rises (Wong et al., "Fast
 adversarial training", ICLR 2020, section 5.4). So the guard measures PGD after every epoch, before anything of the
 epoch is written. What it found is in guard.json of the run folder, so that a run that is killed later knows.
 
-This file finds and records a collapse. Going back is what a resumed run does (`resume.rewind`, `trainer.Training`).
+This file finds and records a collapse. Going back is what a resumed run does (`resume.rewind`, `training.Training`).
 """
 
 import json

@@ -92,8 +92,8 @@ def training_losses(
     noise_key = draw_keys(config.seed, "weight noise", epoch, step) if network.is_stochastic else None
     cond = network.condition(lam_N, width=width, noise_key=noise_key)
     attacked = slice(cond.num_zero, None)
-    frozen = network.freeze(cond.attacked(), dtype=attack_dtype(config.engine.precision))
     of_attacked = x[attacked], label_N[attacked], batch.index_N[attacked]
+    frozen = network.freeze(cond.attacked(), dtype=attack_dtype(config.engine.precision))
     x_adv = attack_images(network, frozen, *of_attacked, config=config, epoch=epoch, plan=plan, replay=replay)
     on_attacked()
     images = [x[attacked], x_adv]
@@ -125,7 +125,17 @@ def training_losses(
     )  # fmt: skip
     if config.data.extra is not None:
         loss_N = loss_N * _weights(batch, config.data.extra_weight).to(loss_N.device, loss_N.dtype, non_blocking=True)
-    correct_clean_M, correct_robust_A = logits[0].argmax(1) == clean_label, logits[1].argmax(1) == examples.label_A
+    labels = clean_label, label_N[attacked]
+    return _counted(loss_N, clean_loss_M, robust_A, labels, (logits[0].detach(), logits[1].detach()))
+
+
+def _counted(
+    loss_N: Tensor, clean_loss_M: Tensor, robust_A: Tensor, labels: tuple[Tensor, Tensor], logits: tuple[Tensor, Tensor]
+) -> StepLosses:
+    """The losses, with what is counted of them; labels and logits are those of clean and of adversarial images."""
+    correct_clean_M, correct_robust_A = (
+        answer.argmax(1) == label for answer, label in zip(logits, labels, strict=True)
+    )
     counts = {
         "loss": loss_N.sum(),
         "loss_clean": clean_loss_M.sum(),
@@ -133,12 +143,14 @@ def training_losses(
         "correct_clean": correct_clean_M.sum(),
         "correct_robust": correct_robust_A.sum(),
     }
-    counts = {key: value.detach() for key, value in counts.items()}
-    answers = logits[0].detach(), logits[1].detach()
     return StepLosses(
-        loss_N=loss_N, counts=counts, num_clean=len(x_clean), correct_clean_M=correct_clean_M,
-        correct_robust_A=correct_robust_A, logits=answers,
-    )  # fmt: skip
+        loss_N=loss_N,
+        counts={key: value.detach() for key, value in counts.items()},
+        num_clean=len(correct_clean_M),
+        correct_clean_M=correct_clean_M,
+        correct_robust_A=correct_robust_A,
+        logits=logits,
+    )
 
 
 def _fields_of_outputs(

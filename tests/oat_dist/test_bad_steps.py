@@ -8,7 +8,7 @@ import pathlib
 import pytest
 import torch
 
-from oat_dist import trainer
+from oat_dist import training as loop
 from oat_dist.bad_steps import RecentSteps, StepHealth, gradient_norm
 from oat_dist.data import TrainLoader, open_prepared
 from oat_dist.distributed import World
@@ -23,8 +23,8 @@ def poisoned(config, world, folder, *, bad_steps):
     folder.mkdir(exist_ok=True)
     data = open_prepared(config.data.root, "digits")
     loader = TrainLoader(data, config, rank=world.rank, ranks=world.ranks, device=world.device)
-    training = trainer.Training(config, data, loader, world=world, run=folder, checkpoint=None)
-    honest, take_step, states = trainer.training_losses, training._take_step, []
+    training = loop.Training(config, data, loader, world=world, run=folder, checkpoint=None)
+    honest, take_step, states = loop.training_losses, training._take_step, []
 
     def losses(network, batch, lam_N, **settings):
         result = honest(network, batch, lam_N, **settings)
@@ -37,14 +37,14 @@ def poisoned(config, world, folder, *, bad_steps):
         network = {k: v.clone() for k, v in training.network.state_dict().items()}
         states.append(network | {f"optimizer {k}": v.clone() for k, v in training.engine.optimizer_state().items()})
 
-    trainer.training_losses, training._take_step = losses, step
+    loop.training_losses, training._take_step = losses, step
     try:
         training.fit()
         return states, None, training
     except NonFiniteError as error:
         return states, str(error), training
     finally:
-        trainer.training_losses = honest
+        loop.training_losses = honest
 
 
 def left_out(world, root, folder):

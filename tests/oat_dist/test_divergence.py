@@ -8,7 +8,7 @@ import pathlib
 import pytest
 import torch
 
-from oat_dist import trainer
+from oat_dist import training as loop
 from oat_dist.checkpoint import CheckpointStore
 from oat_dist.config import AttackConfig, Config, DataConfig, OptimConfig
 from oat_dist.data import TrainLoader, open_prepared
@@ -90,8 +90,8 @@ def train(config, world, folder, *, poisoned_at=None, poisoned_rank=0, checkpoin
     folder.mkdir(exist_ok=True)
     data = open_prepared(config.data.root, "digits")
     loader = TrainLoader(data, config, rank=world.rank, ranks=world.ranks, device=world.device)
-    training = trainer.Training(config, data, loader, world=world, run=folder, checkpoint=checkpoint)
-    honest = trainer.training_losses
+    training = loop.Training(config, data, loader, world=world, run=folder, checkpoint=checkpoint)
+    honest = loop.training_losses
 
     def losses(network, batch, lam_N, **settings):
         result = honest(network, batch, lam_N, **settings)
@@ -100,12 +100,12 @@ def train(config, world, folder, *, poisoned_at=None, poisoned_rank=0, checkpoin
         poison_N = torch.where(lam_N == 1, math.nan, 1.0).float()
         return dataclasses.replace(result, loss_N=result.loss_N * poison_N)
 
-    trainer.training_losses = losses
+    loop.training_losses = losses
     try:
         training.fit()
         return {name: value.clone() for name, value in training.finish().state_dict().items()}
     finally:
-        trainer.training_losses = honest
+        loop.training_losses = honest
 
 
 def poisoned_and_resumed(world, root, folder):

@@ -168,25 +168,25 @@ def make_config(root, output_dir, *, guard="auto", validate=0, **settings) -> Co
     )
 
 
-def spoil(trainer) -> None:
+def spoil(training) -> None:
     """After its first epoch the single-step attack makes images far too easy, and the network unlearns robustness.
 
     It stands for a collapse: single steps of this size do not collapse by themselves on images so few and simple.
     """
     ROBUST["toy"] = TOY
-    honest = trainer.training_losses
+    honest = training.training_losses
 
     def losses(*args, plan, epoch, **settings):
         if epoch >= 1 and plan.steps == 1:
             plan = dataclasses.replace(plan, eps=0.5, step_size=-0.5)
         return honest(*args, plan=plan, epoch=epoch, **settings)
 
-    trainer.training_losses = losses
+    training.training_losses = losses
 
 
-def snapshots_at(trainer, places, folder) -> None:
+def snapshots_at(training, places, folder) -> None:
     """Before the steps (attack steps, step) of `places`, once, copy the run to `folder`/NAME as a kill leaves it."""
-    take_step = trainer.Training._take_step
+    take_step = training.Training._take_step
 
     def step(training, *args):
         name = places.pop((training.plan.steps, training.step), None)
@@ -195,19 +195,19 @@ def snapshots_at(trainer, places, folder) -> None:
             shutil.copytree(training.run, folder / name / training.run.name)
         take_step(training, *args)
 
-    trainer.Training._take_step = step
+    training.Training._take_step = step
 
 
 def one_rank(world, root, folder):
     """Runs without the guard, with it, and killed before and after the switch; the epochs that were told of."""
-    from oat_dist import trainer
+    from oat_dist import trainer, training
     from oat_dist.engine import init_world
 
     world, folder = dataclasses.replace(init_world(threads=1), device=world.device), pathlib.Path(folder)
-    spoil(trainer)
+    spoil(training)
     trainer.train(make_config(root, folder / "none", guard="none"), world)
     kills = {(1, STEPS + 3): "killed before", (7, 2 * STEPS + 5): "killed after"}
-    snapshots_at(trainer, dict(kills), folder / "kills")
+    snapshots_at(training, dict(kills), folder / "kills")
     epochs = []
     trainer.train(make_config(root, folder / "switch"), world, lambda epoch, network: epochs.append(epoch))
     for name in kills.values():
@@ -270,19 +270,19 @@ def test_a_run_killed_before_or_after_the_switch_ends_bit_identical(runs, name):
 
 def two_ranks(world, root, folder):
     """A run that stops, on two ranks with two micro-batches per step: step and weights at its end, and its folder."""
-    from oat_dist import trainer
+    from oat_dist import trainer, training
     from oat_dist.config import EngineConfig
     from oat_dist.engine import init_world
 
     world, ended = dataclasses.replace(init_world(threads=1), device=world.device), []
-    spoil(trainer)
-    finish = trainer.Training.finish
+    spoil(training)
+    finish = training.Training.finish
 
     def remember(training):
         ended.append(training)
         return finish(training)
 
-    trainer.Training.finish = remember
+    training.Training.finish = remember
     # Nothing is validated before the collapse, and no checkpoint is due.
     checkpoint = CheckpointConfig(interval_epochs=3)
     engine = EngineConfig(accumulation=2, zero_stage=1)

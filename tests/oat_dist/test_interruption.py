@@ -14,7 +14,7 @@ from oat_dist.data import TrainLoader, open_prepared
 from oat_dist.distributed import World
 from oat_dist.errors import PreemptedError
 from oat_dist.interruption import StopSignals, stop_signals
-from oat_dist.trainer import Training
+from oat_dist.training import Training
 from tests.oat_dist.test_resume import make_config, newest, run, small_root  # noqa: F401 - a fixture
 from tests.ranks import run_ranks
 

@@ -24,7 +24,7 @@ from oat_dist.config import (
 )
 from oat_dist.data import TrainLoader, open_prepared, prepare
 from oat_dist.data.ffcv_io import is_installed
-from oat_dist.trainer import Training
+from oat_dist.training import Training
 from tests.ranks import run_ranks
 
 EPOCHS, BATCH = 3, 32  # three steps per epoch of the small set

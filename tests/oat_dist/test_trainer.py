@@ -9,7 +9,8 @@ from oat_dist.checkpoint import CheckpointStore
 from oat_dist.config import Config, DataConfig, ModelConfig
 from oat_dist.errors import UserError
 from oat_dist.models import build_model
-from oat_dist.trainer import open_data, starting_network
+from oat_dist.trainer import open_data
+from oat_dist.training import starting_network
 from oat_dist.weights import write_tensors
 
 
