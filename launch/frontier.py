@@ -77,7 +77,7 @@ def measure_frontier(
     for lam in lambdas:
         for seed in range(config.seed, config.seed + seeds):
             one = dedicated_config(config, lam, seed)
-            run = world.on_main(lambda one=one: find_trained(one, data)) or train(one, world)
+            run = world.on_main(lambda one=one: find_trained(one, data)) or train(one, world, ends_process=True)
             (point,) = measure_run(run, [lam], attack, data=data, split=split, world=world)
             networks.append({**point, "seed": seed, "run": str(run)})
     dedicated = frontier_file(config, networks, data=data, split=split, attack=attack)

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     from oat_dist.trainer import train
 
     with init_world(config.engine.threads) as world:
-        run = train(config, world)
+        run = train(config, world, ends_process=True)
     if world.is_main:
         show(run)
 

@@ -84,8 +84,15 @@ class StopSignals:
 
 
 @contextlib.contextmanager
-def stop_signals(world: World) -> Iterator[StopSignals]:
-    """Listen while the block runs. Python has signals in the main thread alone; elsewhere nothing is listened to."""
+def stop_signals(world: World, *, ends_process: bool = False) -> Iterator[StopSignals]:
+    """Listen while the block runs. Python has signals in the main thread alone; elsewhere nothing is listened to.
+
+    Args:
+        world: The ranks, which stop together.
+        ends_process: A `PreemptedError` that leaves the block ends the process. From then on signals are ignored: ranks
+            do not leave at the same moment, and a launcher that sees the first go sends the others SIGTERM, which
+            would give the job the exit code of a kill.
+    """
     signals = StopSignals(world)
     if threading.current_thread() is not threading.main_thread():
         yield signals
@@ -93,6 +100,10 @@ def stop_signals(world: World) -> Iterator[StopSignals]:
     before = {number: signal.signal(number, signals.note) for number in SIGNALS}
     try:
         yield signals
+    except PreemptedError:
+        if ends_process:
+            before = dict.fromkeys(SIGNALS, signal.SIG_IGN)
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

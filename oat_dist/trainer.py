@@ -22,13 +22,16 @@ from oat_dist.resume import RunLock, open_run, rewind
 from oat_dist.training import AfterEpoch, Training
 
 
-def train(config: Config, world: World, after_epoch: AfterEpoch | None = None) -> pathlib.Path:
+def train(
+    config: Config, world: World, after_epoch: AfterEpoch | None = None, *, ends_process: bool = False
+) -> pathlib.Path:
     """Train one network and measure its curve, or go on with an unfinished run of the same settings.
 
     Args:
         config: Everything about the run.
         world: The ranks, from `oat_dist.engine.init_world`; they may have trained other runs before.
         after_epoch: Called after every epoch; what it raises ends the training, which can be gone on with.
+        ends_process: The caller lets a `PreemptedError` end the process; signals that follow are then ignored.
 
     Returns:
         The run folder.
@@ -38,7 +41,7 @@ def train(config: Config, world: World, after_epoch: AfterEpoch | None = None) -
         NonFiniteError: A loss or a weight stopped being finite; on every rank.
         PreemptedError: A signal ended the run, which can be gone on with.
     """
-    with stop_signals(world) as signals:
+    with stop_signals(world, ends_process=ends_process) as signals:
         return _train(config, world, signals, after_epoch)
 
 

@@ -87,6 +87,21 @@ def test_outside_training_a_signal_ends_the_run_at_once_and_what_was_set_before_
     assert {number: signal.getsignal(number) for number in before} == before
 
 
+def test_a_process_that_is_leaving_is_not_killed_by_the_signal_that_follows():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        with pytest.raises(PreemptedError), stop_signals(World(), ends_process=True):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        for number in before:
+            os.kill(os.getpid(), number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    with stop_signals(World(), ends_process=True):
+        pass
+    assert {number: signal.getsignal(number) for number in before} == before, "a run that ends leaves them as they were"
+
+
 def test_a_signal_that_comes_after_the_last_question_still_ends_the_run():
     signals = StopSignals(World())
     with pytest.raises(PreemptedError), signals.deferred():
