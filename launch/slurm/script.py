@@ -79,7 +79,7 @@ until {python} -c "$count" "$head" "$SLURM_NNODES" >/dev/null 2>&1; do
     kill -0 "$nodes" || exit 1
     sleep 1
 done
-env --default-signal=INT {python} --address "$head" {arguments} "${{resume[@]}}" &
+env --default-signal=INT {python} {search} --address "$head" {arguments} "${{resume[@]}}" &
 """
 
 _SEARCH_SIGNALS = """\

@@ -1,5 +1,6 @@
 """Jobs: what is handed in, how names are quoted, and a real queue that takes a run away and gives it back."""
 
+import csv
 import json
 import os
 import pathlib
@@ -17,6 +18,8 @@ from launch.slurm.status import status
 from oat_dist.errors import UserError
 from tests.launch.commands import ROOT, STEPS, only_run, require_same, run, steps_done, wait_for
 from tests.slurm_cluster import slurm_cluster, why_not
+from tests.tune.test_search import SHORT as SHORT_SEARCH
+from tests.tune.test_search import config_file
 
 PLACE = Place(nodes=2, gpus_per_node=0, processes_per_node=1)
 needs_slurm = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -153,6 +156,25 @@ def test_a_job_that_is_sent_back_into_the_queue_twice_ends_as_an_undisturbed_run
     assert len(json.loads((mine / "provenance.json").read_text())["resumed"]) == 3
     assert "finished" in status(mine)
     assert not list(tmp_path.rglob("x")) and not os.path.exists(ROOT / "x")
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.usefixtures("cluster")
+@needs_slurm
+def test_a_search_over_two_nodes_ends_on_a_ray_cluster_of_the_job(digits, tmp_path):
+    config = config_file(tmp_path / "search.yaml", "{conditioning.encoding: [fourier]}")
+    args = ["--search", "--config", config, *SHORT_SEARCH, f"--data.root={digits.folder.parent}", "--name=two",
+            f"--output_dir={tmp_path}", "--search.algorithm=grid", "--search.report_seeds=0"]  # fmt: skip
+    submit.main([*args, "--nodes", "2", "--time", "60"])
+    (job,) = run("squeue", "--noheader", "--format=%A").stdout.split()
+    wait_for(lambda: state(job) in ("COMPLETED", "FAILED"), 300, "the job does not end")
+    (log,) = (tmp_path / "two_search_slurm").glob("log_*.txt")
+    assert state(job) == "COMPLETED", log.read_text()
+    assert log.read_text().count("Ray runtime started") == 2, "one node of the cluster on each"
+    (table,) = tmp_path.glob("*_two_search/search.csv")
+    (row,) = csv.DictReader(table.open())
+    assert row["status"] == "finished" and int(row["epoch"]) == 3
 
 
 @pytest.mark.usefixtures("cluster")

@@ -1,6 +1,7 @@
 """What a log step tells: losses by lambda, where the time went, one line, and the same on the boards."""
 
 import json
+import time
 
 import pytest
 import torch
