@@ -48,6 +48,8 @@ PUBLISHED = {
     "conditioning.film_start": "paper",
     "conditioning.norm": "dual",
     "attack.steps": None,
+    "attack.early_steps": None,
+    "attack.early_share": 0.0,
     "attack.step_size_255": None,
     "attack.random_start": None,
     "loss.robust": "pgd_at",
@@ -97,6 +99,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "two_steps": {"attack.steps": 2},
     # The whole radius in one step: the second goes along the border of the ball.
     "two_long_steps": {"attack.steps": 2, "attack.step_size_255": 8.0},
+    "early_steps": {"attack.early_steps": 2, "attack.early_share": 0.5},
 }
 """Name -> settings on top of the default recipe."""
 

@@ -40,7 +40,7 @@ def attack_images(
         index: [A] dataset indices on the host, for the keys of the random starts.
         config: Configuration of the run.
         epoch: Part of the key.
-        plan: The attack; default: that of the configuration.
+        plan: The attack; default: that of the configuration in this epoch.
         replay: Runs it as one recorded graph; always the same for one network and plan.
 
     Returns:
@@ -48,7 +48,7 @@ def attack_images(
     """
     if len(x) == 0:
         return x
-    plan = plan or attack_plan(config)
+    plan = plan or attack_plan(config, epoch=epoch)
     start = plan.first_iterate(x, _keys("random start", x, index, config=config, epoch=epoch))
 
     if plan.steps == 0:

@@ -74,7 +74,7 @@ def training_losses(
         config: Configuration of the run.
         epoch: Epoch, part of the key of the random starts.
         forward: The training forward: the network itself or an engine around it.
-        plan: The attack; default: that of the configuration.
+        plan: The attack; default: that of the configuration in this epoch.
         replay: Runs the attack as one recorded graph; always the same for one network and plan.
         step: Step within the epoch, part of the key of the weight noise of conditioning.kind=float, which attack and
             training forward share.
