@@ -41,6 +41,8 @@ def dedicated_config(config: Config, lam: float, seed: int) -> Config:
         name=f"{config.name}-dedicated-{lam:g}",
         seed=seed,
         conditioning=ConditioningConfig(lambdas=(lam,), film="none", norm="single"),
+        # There is no other lambda that could teach.
+        loss=dataclasses.replace(config.loss, distill_widths=False, self_distillation=0.0),
         evaluation=EvaluationConfig(lambdas=(lam,), split="val"),
         checkpoint=dataclasses.replace(config.checkpoint, resume="auto"),
     )

@@ -120,6 +120,9 @@ class LossConfig:
     """A setting of the objective that lambda drives: the loss is L_a alone, with lambda times that setting."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes, in both terms."""
+    self_distillation: float = 0.0
+    """Share of the target of images with lambda > 0, in both terms, that is what the same network answers to the clean
+    image at lambda = 0, in [0, 1); the rest is the label. With loss.robust=pgd_at alone."""
     clean_at_one: bool = True
     """Keep clean images with lambda = 1 in the training forward (paper), where their loss has weight 0 and they take
     part in the batch statistics alone. False leaves them out, which is cheaper and another computation."""
@@ -130,6 +133,10 @@ class LossConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         require(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "must lie in [0, 1)")
+        key = "loss.self_distillation"
+        require(0 <= self.self_distillation < 1, key, self.self_distillation, "must lie in [0, 1)")
+        expected = f"must be 0 with loss.robust={self.robust}; only pgd_at has a target to share"
+        require(self.self_distillation == 0 or self.robust == "pgd_at", key, self.self_distillation, expected)
 
 
 @dataclass(frozen=True, kw_only=True)
