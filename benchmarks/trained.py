@@ -40,10 +40,12 @@ def num_parameters(run: pathlib.Path) -> int:
     return sum(parameter.numel() for parameter in load_run(run)[1].parameters())
 
 
-def dedicated_points(config: Config, lambdas: Sequence[float], data: PreparedData, world: World) -> list[dict]:
-    """Points on test of the dedicated networks of a configuration's seed and recipe."""
+def dedicated_points(
+    config: Config, lambdas: Sequence[float], data: PreparedData, world: World, split: str = "test"
+) -> list[dict]:
+    """Points on a split of the dedicated networks of a configuration's seed and recipe."""
     points, attack = [], EvaluationAttack.of(config)
     for lam in lambdas:
         run = trained(dedicated_config(config, lam, config.seed), data, world)
-        points += measure_run(run, [lam], attack, data=data, split="test", world=world)
+        points += measure_run(run, [lam], attack, data=data, split=split, world=world)
     return points

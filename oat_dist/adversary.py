@@ -1,6 +1,6 @@
 """The adversarial partners of training: the attack of a configuration on the frozen network, under its autocast.
 
-Letters: A attacked images, C channels, H, W.
+And what else a step asks the frozen network. Letters: A attacked images, C channels, H, W, K classes.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from oat_dist.attacks import AttackPlan, ascend, evaluation_mode, random_start
+from oat_dist.attacks import AttackPlan, ascend, at_least_float32, evaluation_mode, random_start
 from oat_dist.config import Config
 from oat_dist.graphed import GraphReplay
 from oat_dist.losses import attack_plan
@@ -40,7 +40,7 @@ def attack_images(
         index: [A] dataset indices on the host, for the keys of the random starts.
         config: Configuration of the run.
         epoch: Part of the key.
-        plan: The attack; default: that of the configuration.
+        plan: The attack; default: that of the configuration in this epoch.
         replay: Runs it as one recorded graph; always the same for one network and plan.
 
     Returns:
@@ -48,7 +48,7 @@ def attack_images(
     """
     if len(x) == 0:
         return x
-    plan = plan or attack_plan(config)
+    plan = plan or attack_plan(config, epoch=epoch)
     start = plan.first_iterate(x, _keys("random start", x, index, config=config, epoch=epoch))
 
     if plan.steps == 0:
@@ -62,6 +62,25 @@ def attack_images(
     tensors = [x, start, label, *frozen.tensors()]
     with evaluation_mode(network), _attack_autocast(x.device, config.engine.precision):
         return last_iterate(tensors) if replay is None else replay(last_iterate, tensors)
+
+
+@torch.no_grad()
+def answers_at_zero(network: ConditionalNetwork, x: Tensor, *, config: Config, width: float = 1.0) -> Tensor:
+    """[A, K] probabilities that the network answers at lambda = 0, whatever lambda the images have.
+
+    Its running statistics are constants here, and nothing moves them: one forward pass without a graph.
+
+    Args:
+        network: The network; its mode is restored.
+        x: [A, C, H, W] images in [0, 1], at least one.
+        config: Configuration of the run.
+        width: Share of the channels.
+    """
+    cond = network.condition(torch.zeros(len(x), dtype=torch.float64), width=width)
+    frozen = network.freeze(cond, dtype=attack_dtype(config.engine.precision))
+    with _attack_autocast(x.device, config.engine.precision):
+        logits = network.attack_logits(x, frozen)
+    return at_least_float32(logits).softmax(1)
 
 
 def noisy_images(x: Tensor, index: Tensor, *, config: Config, epoch: int) -> Tensor:

@@ -87,11 +87,17 @@ class Config:
         require(self.optim.batch_size >= self.engine.accumulation, "optim.batch_size", self.optim.batch_size, expected)
         ok = not self.loss.distill_widths or len(self.model.widths) > 1
         require(ok, "loss.distill_widths", self.loss.distill_widths, "needs several model.widths")
+        ok = self.loss.self_distillation == 0 or self.conditioning.mass_at_zero > 0
+        expected = "needs lambda = 0 in training, which is the teacher"
+        require(ok, "loss.self_distillation", self.loss.self_distillation, expected)
         expected = "needs conditioning.kind=float; nothing else draws noise"
         ok = self.evaluation.noise_draws is None or self.conditioning.kind == "float"
         require(ok, "evaluation.noise_draws", self.evaluation.noise_draws, expected)
         expected = f"must leave data.dataset at least one of the optim.batch_size={self.optim.batch_size} images"
         require(self.num_extra < self.optim.batch_size, "data.extra_share", self.data.extra_share, expected)
+        ok = self.attack.early_share == 0 or self.num_early_epochs >= 1
+        expected = f"must be at least one of optim.epochs={self.optim.epochs}"
+        require(ok, "attack.early_share", self.attack.early_share, expected)
 
     @property
     def num_extra(self) -> int:
@@ -100,6 +106,11 @@ class Config:
             return 0
         # Rounded first: a product a little above a whole number is that number.
         return math.ceil(round(self.data.extra_share * self.optim.batch_size, 9))
+
+    @property
+    def num_early_epochs(self) -> int:
+        """First epochs whose attack has `attack.early_steps`: the whole ones within `attack.early_share` of the run."""
+        return int(round(self.attack.early_share * self.optim.epochs, 9))
 
     def steps_per_epoch(self, num_images: int) -> int:
         """Optimiser steps in a pass over a training split.

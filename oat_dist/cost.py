@@ -8,6 +8,7 @@ forward one. With PGD of k steps and attacked share a = 1 - P(lambda = 0), an im
     (1 + a) * (1 + 2)   training forward and backward of itself and its partner
 
 With loss.clean_at_one=false the share of lambda = 1 does not go through the latter itself: (1 + a - P(lambda = 1)) * 3.
+With attack.early_steps, k is the mean over the epochs; with loss.self_distillation, an attacked image costs 1 more.
 Objectives with more to do say so (`oat_dist.losses.Objective`): passes before the first step of the attack, further
 views in the training forward (3 each), and gradients to images within the loss: one more backward pass of the whole
 training forward and, to be differentiated, two more, so 6 instead of 3.
@@ -109,7 +110,10 @@ def training_cost(
     attacked = 1 - config.conditioning.mass_at_zero
     clean = 1 if config.loss.clean_at_one else 1 - config.conditioning.mass_at_one
     objective = robust_term(config)
-    attack_units = 2 * attack_plan(config).steps + sum(objective.attack.preparation)
+    early = config.num_early_epochs / config.optim.epochs
+    steps = early * attack_plan(config, epoch=0).steps + (1 - early) * attack_plan(config).steps
+    attack_units = 2 * steps + sum(objective.attack.preparation)
+    teacher_units = 1 if config.loss.self_distillation else 0
     training_units = (6 if objective.has_input_gradient else 3) * (clean + attacked * objective.views)
     batches = config.optim.epochs * config.steps_per_epoch(num_train_images)
     widths = width_costs(networks[0], (in_channels, *image_size))
@@ -117,7 +121,7 @@ def training_cost(
         parameters=_num_parameters(networks[0]),
         plain_parameters=_num_parameters(networks[1]),
         forward_flops=widths[0]["forward_flops"],
-        units_per_image=(attacked * attack_units + training_units) * _of_widths(config.model, widths),
+        units_per_image=(attacked * (attack_units + teacher_units) + training_units) * _of_widths(config.model, widths),
         images=batches * config.optim.batch_size,
         widths=widths,
     )

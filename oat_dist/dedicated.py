@@ -41,6 +41,8 @@ def dedicated_config(config: Config, lam: float, seed: int) -> Config:
         name=f"{config.name}-dedicated-{lam:g}",
         seed=seed,
         conditioning=ConditioningConfig(lambdas=(lam,), film="none", norm="single"),
+        # There is no other lambda that could teach.
+        loss=dataclasses.replace(config.loss, distill_widths=False, self_distillation=0.0),
         evaluation=EvaluationConfig(lambdas=(lam,), split="val"),
         checkpoint=dataclasses.replace(config.checkpoint, resume="auto"),
     )
@@ -188,7 +190,24 @@ def measured_before(
     num_images: int | None = None,
     width: float = 1.0,
 ) -> list[dict] | None:
-    """Points of a run from its reports, or None where none was measured so.
+    """Points of a run from its reports, or None where none was measured so; arguments as in `find_report`."""
+    path = find_report(run, lambdas, attack, data, split, num_images, width)
+    if path is None:
+        return None
+    points = {point["lam"]: point for point in of_width(json.loads(path.read_text())["points"], width)}
+    return [points[lam] for lam in lambdas]
+
+
+def find_report(
+    run: pathlib.Path,
+    lambdas: Sequence[float],
+    attack: EvaluationAttack | AttackList,
+    data: PreparedData,
+    split: str,
+    num_images: int | None = None,
+    width: float = 1.0,
+) -> pathlib.Path | None:
+    """The report of a run with given points, or None where none was measured so.
 
     Args:
         run: Folder of a finished run, or of an exported width.
@@ -204,9 +223,9 @@ def measured_before(
     # An exported width has no measurement of its own.
     for path in (*run.glob("frontier.json"), *sorted(run.glob("eval/*.json"))):
         found = json.loads(path.read_text())
-        points = {point["lam"]: point for point in of_width(found["points"], width)}
-        if wanted.items() <= found.items() and set(lambdas) <= points.keys():
-            return [points[lam] for lam in lambdas]
+        measured = {point["lam"] for point in of_width(found["points"], width)}
+        if wanted.items() <= found.items() and set(lambdas) <= measured:
+            return path
     return None
 
 

@@ -70,6 +70,11 @@ class AttackConfig:
     """Gradient steps; default: those of the paper of `loss.robust` (PGD-AT: 7, paper, section 4.1)."""
     step_size_255: float | None = None
     """Step size in grey levels; default: that of the paper of `loss.robust` (PGD-AT: min(1.25 eps, eps + 4)/steps)."""
+    early_steps: int | None = None
+    """Gradient steps in the first epochs, fewer than later, each of min(1.25 eps, eps + 4)/early_steps; default: as
+    many as later."""
+    early_share: float = 0.0
+    """Share of the epochs, from the beginning, that have `early_steps`; rounded down to whole epochs."""
     random_start: bool | None = None
     """Start at a random point, keyed by seed, epoch and image; default: as in the paper of `loss.robust`."""
     guard: Literal["auto", "switch", "stop", "none"] = "auto"
@@ -86,6 +91,14 @@ class AttackConfig:
         require(self.steps is None or self.steps >= 1, "attack.steps", self.steps, "must be at least 1")
         ok = self.step_size_255 is None or self.step_size_255 > 0
         require(ok, "attack.step_size_255", self.step_size_255, "must be positive")
+        ok = self.early_steps is None or self.early_steps >= 1
+        require(ok, "attack.early_steps", self.early_steps, "must be at least 1")
+        require(0 <= self.early_share < 1, "attack.early_share", self.early_share, "must lie in [0, 1)")
+        if self.early_steps is None:
+            require(self.early_share == 0, "attack.early_share", self.early_share, "needs attack.early_steps")
+        else:
+            expected = f"must be more than 0 with attack.early_steps={self.early_steps}"
+            require(self.early_share > 0, "attack.early_share", self.early_share, expected)
         require(self.guard_images >= 1, "attack.guard_images", self.guard_images, "must be at least 1")
         require(0 < self.guard_drop < 1, "attack.guard_drop", self.guard_drop, "must lie in (0, 1)")
 
@@ -107,6 +120,9 @@ class LossConfig:
     """A setting of the objective that lambda drives: the loss is L_a alone, with lambda times that setting."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes, in both terms."""
+    self_distillation: float = 0.0
+    """Share of the target of images with lambda > 0, in both terms, that is what the same network answers to the clean
+    image at lambda = 0, in [0, 1); the rest is the label. With loss.robust=pgd_at alone."""
     clean_at_one: bool = True
     """Keep clean images with lambda = 1 in the training forward (paper), where their loss has weight 0 and they take
     part in the batch statistics alone. False leaves them out, which is cheaper and another computation."""
@@ -117,6 +133,10 @@ class LossConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         require(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "must lie in [0, 1)")
+        key = "loss.self_distillation"
+        require(0 <= self.self_distillation < 1, key, self.self_distillation, "must lie in [0, 1)")
+        expected = f"must be 0 with loss.robust={self.robust}; only pgd_at has a target to share"
+        require(self.self_distillation == 0 or self.robust == "pgd_at", key, self.self_distillation, expected)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oat_dist.adversary import attack_dtype, attack_images, noisy_images
+from oat_dist.adversary import answers_at_zero, attack_dtype, attack_images, noisy_images
 from oat_dist.attacks import AttackPlan, at_least_float32
 from oat_dist.config import Config
 from oat_dist.data import Batch
 from oat_dist.graphed import GraphReplay
 from oat_dist.losses import Examples, Objective, once_for_all_loss, robust_term, settings_at
 from oat_dist.losses.distillation import learning_from
+from oat_dist.losses.self_distillation import taught_targets
 from oat_dist.models.condition import Condition
 from oat_dist.models.network import ConditionalNetwork
 from oat_dist.random import draw_keys
@@ -74,7 +75,7 @@ def training_losses(
         config: Configuration of the run.
         epoch: Epoch, part of the key of the random starts.
         forward: The training forward: the network itself or an engine around it.
-        plan: The attack; default: that of the configuration.
+        plan: The attack; default: that of the configuration in this epoch.
         replay: Runs the attack as one recorded graph; always the same for one network and plan.
         step: Step within the epoch, part of the key of the weight noise of conditioning.kind=float, which attack and
             training forward share.
@@ -87,21 +88,22 @@ def training_losses(
     """
     x, label_N = batch.image_NCHW.contiguous(memory_format=torch.channels_last), batch.label_N
     objective, condition_on = robust_term(config), config.loss.condition_on
-    if teacher is not None:
-        objective, condition_on = learning_from(teacher.logits[1]), None
     noise_key = draw_keys(config.seed, "weight noise", epoch, step) if network.is_stochastic else None
     cond = network.condition(lam_N, width=width, noise_key=noise_key)
     attacked = slice(cond.num_zero, None)
     of_attacked = x[attacked], label_N[attacked], batch.index_N[attacked]
     frozen = network.freeze(cond.attacked(), dtype=attack_dtype(config.engine.precision))
     x_adv = attack_images(network, frozen, *of_attacked, config=config, epoch=epoch, plan=plan, replay=replay)
+    clean_M = None if config.loss.clean_at_one else _clean_positions(lam_N, x.device)
+    targets = _targets(network, x, label_N, clean_M, cond.num_zero, config=config, width=width, teacher=teacher)
+    if targets is not None:
+        objective, condition_on = learning_from(targets[1]), None
     on_attacked()
     images = [x[attacked], x_adv]
     if "noisy_logits" in objective.needs:
         images.append(noisy_images(x[attacked], batch.index_N[attacked], config=config, epoch=epoch))
     if config.model.dropout:
         _seed_dropout(config.seed, epoch, batch.index_N)
-    clean_M = None if config.loss.clean_at_one else _clean_positions(lam_N, x.device)
     x_clean, clean_label = (x, label_N) if clean_M is None else (x[clean_M], label_N[clean_M])
     joint, smoothing = torch.cat((x_clean, *images[1:])), config.loss.label_smoothing
     sizes = [len(x_clean), *map(len, images[1:])]
@@ -121,12 +123,27 @@ def training_losses(
     robust_A = objective.loss(examples)
     loss_N, clean_loss_M = once_for_all_loss(
         logits[0], robust_A, label_N, lam_N, label_smoothing=smoothing, clean_M=clean_M,
-        is_driven=condition_on is not None, target_MK=None if teacher is None else teacher.logits[0].softmax(1),
+        is_driven=condition_on is not None, target_MK=None if targets is None else targets[0],
     )  # fmt: skip
     if config.data.extra is not None:
         loss_N = loss_N * _weights(batch, config.data.extra_weight).to(loss_N.device, loss_N.dtype, non_blocking=True)
     labels = clean_label, label_N[attacked]
     return _counted(loss_N, clean_loss_M, robust_A, labels, (logits[0].detach(), logits[1].detach()))
+
+
+def _targets(
+    network: ConditionalNetwork, x: Tensor, label_N: Tensor, clean_M: Tensor | None, num_zero: int, *,
+    config: Config, width: float, teacher: StepLosses | None,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """Probabilities, in place of labels, for the clean images that take part and for the adversarial ones; or None."""
+    if teacher is not None:
+        return teacher.logits[0].softmax(1), teacher.logits[1].softmax(1)
+    cfg = config.loss
+    if not cfg.self_distillation or num_zero == len(x):
+        return None
+    answer_AK = answers_at_zero(network, x[num_zero:], config=config, width=width)
+    target_NK = taught_targets(label_N, answer_AK, share=cfg.self_distillation, label_smoothing=cfg.label_smoothing)
+    return target_NK if clean_M is None else target_NK.index_select(0, clean_M), target_NK[num_zero:]
 
 
 def _counted(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from oat_dist import runs
+from oat_dist.attacks import AttackPlan
 from oat_dist.bad_steps import StepHealth
 from oat_dist.checkpoint import Checkpoint, CheckpointStore
 from oat_dist.conditioning import LambdaSampler
@@ -17,7 +18,7 @@ from oat_dist.distributed import World
 from oat_dist.divergence import require_finite
 from oat_dist.engine import Engine
 from oat_dist.errors import PreemptedError
-from oat_dist.graphed import graph_replay
+from oat_dist.graphed import GraphReplay, graph_replay
 from oat_dist.guard import Guard, guard_action, read_collapse
 from oat_dist.hang import HangWatch
 from oat_dist.interruption import StopSignals
@@ -99,9 +100,7 @@ class Training:
         self.engine = Engine(self.network, config, world)
         self.averaged = AveragedNetwork(self.network, config.optim.ema_decay) if config.optim.ema_decay else None
         self.store = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep)
-        widths = config.model.widths
-        self.replay = graph_replay(config.engine.cuda_graph, world.device, name="attack", most_shapes=8 * len(widths))
-        self.idle = {width: tuple(idle_parameters(self.network, width)) for width in widths}
+        self.idle = {width: tuple(idle_parameters(self.network, width)) for width in config.model.widths}
         self.log = Telemetry(world, config)
         self.health = StepHealth(world, run, self.network, max_bad_steps=config.engine.max_bad_steps)
         self.hang = HangWatch(world, config.engine.hang_timeout_s)
@@ -109,7 +108,8 @@ class Training:
         self.collapse = world.on_main(lambda: read_collapse(run))
         is_guarded = self.collapse is None and guard_action(config) != "none"
         self.guard = Guard(config, data, world=world, store=self.store) if is_guarded else None
-        self.plan = attack_plan(config, multi_step=self.collapse is not None)
+        self.plan: AttackPlan | None = None
+        self.replay: GraphReplay | None = None
         self.step, self._saved_step = 0, None
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -148,6 +148,7 @@ class Training:
         ):
             first_epoch, first_step = divmod(self.step, loader.steps_per_epoch)
             for epoch in range(first_epoch, first_epoch if self._is_stopped else config.optim.epochs):
+                self._choose_attack(epoch)
                 for at, micro_batches in enumerate(loader.epoch(epoch, first_step), start=first_step):
                     self._take_step(sampler, micro_batches, epoch, at, learning_rate(config.optim, self.step, total))
                     if self.step % config.logging.interval_steps == 0 or self.step == total:
@@ -186,6 +187,15 @@ class Training:
         if self.world.is_main:
             runs.save_model(final, self.data, self.run / "model.safetensors")
         return final
+
+    def _choose_attack(self, epoch: int) -> None:
+        """The attack of an epoch; a new one needs new recordings, since a recording belongs to one plan."""
+        config = self.config
+        plan = attack_plan(config, multi_step=self.collapse is not None, epoch=epoch)
+        if plan != self.plan:
+            shapes = 8 * len(config.model.widths)
+            self.plan = plan
+            self.replay = graph_replay(config.engine.cuda_graph, self.world.device, name="attack", most_shapes=shapes)
 
     def _take_step(self, sampler: LambdaSampler, micro_batches: list, epoch: int, at: int, lr: float) -> None:
         """One optimiser step: condition, attack, forward, loss, backward for every micro-batch and width."""

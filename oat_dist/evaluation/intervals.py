@@ -18,11 +18,12 @@ def intervals(right_MQ: Tensor, *, seed: int) -> list[tuple[float, float]]:
     All columns are resampled together, image by image. Where all images agree the interval is a point.
 
     Args:
-        right_MQ: [M, Q] bool: whether image m is right by quantity q.
+        right_MQ: [M, Q] bool: whether image m is right by quantity q; or numbers, such as the difference between two
+            networks on image m, whose interval is then that of the paired difference.
         seed: Seed of the resampling.
 
     Returns:
-        (low, high) of each column, fractions in [0, 1] (Efron, "Bootstrap Methods", Annals of Statistics 1979).
+        (low, high) of each column, in its unit (Efron, "Bootstrap Methods", Annals of Statistics 1979).
     """
     num_images = len(right_MQ)
     right_MQ = right_MQ.cpu().double()

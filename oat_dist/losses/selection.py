@@ -94,6 +94,12 @@ def _check_attack(objective: Objective, attack: AttackConfig) -> None:
         right = f"{defaults.steps} (or left out)" if defaults.steps else "left out"
         expected = f"must be {right} with loss.robust={objective.name}"
         raise UserError(f"attack.steps={attack.steps}: {expected}")
+    if attack.early_steps is not None:
+        expected = f"must be left out with loss.robust={objective.name}, whose number of steps is its own"
+        require(not defaults.single_step and defaults.steps > 0, "attack.early_steps", attack.early_steps, expected)
+        steps = defaults.steps if attack.steps is None else attack.steps
+        expected = f"must be less than the {steps} attack.steps of later epochs"
+        require(attack.early_steps < steps, "attack.early_steps", attack.early_steps, expected)
     if attack.random_start is False and defaults.maximise is not cross_entropy:
         expected = f"must be true (or left out) with loss.robust={objective.name}, whose attack has no gradient at x"
         raise UserError(f"attack.random_start=False: {expected}")
@@ -102,18 +108,22 @@ def _check_attack(objective: Objective, attack: AttackConfig) -> None:
         raise UserError(f"attack.random_start=False: {expected}")
 
 
-def attack_plan(config: Config, *, multi_step: bool = False) -> AttackPlan:
+def attack_plan(config: Config, *, multi_step: bool = False, epoch: int | None = None) -> AttackPlan:
     """The attack of training: what the `attack` section says, and where it is silent the paper of the objective.
 
     Args:
         config: Configuration of the run.
-        multi_step: PGD of PGD-AT in its place, of the same ball (see `oat_dist.guard`).
+        multi_step: PGD of PGD-AT in its place, of the same ball (see `oat_dist.guard`), in every epoch.
+        epoch: Epoch, from 0; default: the last.
     """
     cfg, defaults = config.attack, robust_term(config).attack
     if multi_step:
         cfg, defaults = AttackConfig(norm=cfg.norm, eps_255=cfg.eps_255), AttackDefaults()
     steps = defaults.steps if cfg.steps is None else cfg.steps
-    if cfg.step_size_255 is not None:
+    if cfg.early_steps is not None and epoch is not None and epoch < config.num_early_epochs:
+        steps = cfg.early_steps
+        step_size = default_step_size(cfg.eps, steps)
+    elif cfg.step_size_255 is not None:
         step_size = cfg.step_size_255 / 255
     elif defaults.step_share is not None:
         step_size = defaults.step_share * cfg.eps

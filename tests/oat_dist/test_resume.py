@@ -33,14 +33,14 @@ KILLED_AT = 7  # in the third epoch, one step after a checkpoint
 
 def make_config(
     root, *, loader="memory", norm="linf", sync=False, optim=None, validate=0, extra=None, robust="pgd_at", model=None,
-    distill=False, conditioning=None, **engine,
+    attack=None, distill=False, conditioning=None, **engine,
 ) -> Config:  # fmt: skip
     return Config(
         data=DataConfig(root=root, dataset="small", loader=loader, shift_pixels=1, extra=extra, extra_share=0.1),
         model=ModelConfig(**model or {}),
         conditioning=ConditioningConfig(**conditioning or {}),
         loss=LossConfig(robust=robust, distill_widths=distill),
-        attack=AttackConfig(norm=norm, eps_255=76.5 if norm == "linf" else 300.0, steps=1),
+        attack=AttackConfig(norm=norm, eps_255=76.5 if norm == "linf" else 300.0, **attack or {"steps": 1}),
         optim=OptimConfig(**{"batch_size": BATCH, "lr": 0.05, "epochs": EPOCHS, "ema_decay": 0.5} | (optim or {})),
         engine=EngineConfig(sync_statistics=sync, **engine),
         evaluation=EvaluationConfig(interval_epochs=validate, steps=1, lambdas=(0.0, 1.0)),
@@ -57,6 +57,7 @@ SETTINGS = {
     "adamw, zero 1": {"optim": {"optimizer": "adamw", "nesterov": False, "decay": "weights"}, "zero_stage": 1},
     "no momentum, zero 2": {"optim": {"momentum": 0.0, "nesterov": False}, "zero_stage": 2},
     "choosing by validation": {"validate": 1},
+    "fewer attack steps in two epochs": {"attack": {"steps": 2, "early_steps": 1, "early_share": 0.7}},
     "sandwich of widths, distilled, zero 1": {
         "model": {"widths": (0.25, 0.5, 0.75, 1.0), "width_rule": "sandwich", "width_samples": 1, "width_heads": True},
         "distill": True, "zero_stage": 1,
