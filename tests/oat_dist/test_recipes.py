@@ -49,7 +49,7 @@ def test_a_configuration_says_what_its_run_costs(name):
     text = (CONFIGS / f"{name}.yaml").read_text()
     flops, hours = (re.search(pattern, text)[1] for pattern in (r"(\S+) FLOPs by", r"(\S+) GPU-hours expected"))
     assert float(flops) == pytest.approx(cost.flops, rel=2e-3)
-    assert float(hours) == round(cost.flops / (0.4 * 400e12) / 3600, 2)
+    assert float(hours) == round(cost.flops / 120e12 / 3600, 2)
     steps = optim_steps(config, num_train_images)
     assert f"our choice, {steps:,} steps." in text
     assert (
