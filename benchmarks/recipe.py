@@ -38,6 +38,7 @@ from oat_dist.trainer import open_data
 PUBLISHED = {
     "data.cutout_pixels": 0,
     "data.normalise": False,
+    "model.activation": "relu",
     "model.init": "pytorch",
     "conditioning.distribution": "discrete",
     "conditioning.lambdas": [0.0, 0.1, 0.2, 0.3, 0.4, 1.0],
@@ -83,6 +84,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "lr_0.2": {"optim.lr": 0.2},
     "batch_64": {"optim.batch_size": 64, "optim.lr_batch_size": 128},
     "kaiming": {"model.init": "kaiming"},
+    "silu": {"model.activation": "silu"},
     "decay_weights": {"optim.decay": "weights"},
     "label_smoothing": {"loss.label_smoothing": 0.1},
     "self_distillation": {"loss.self_distillation": 0.5},

@@ -23,6 +23,9 @@ class ModelConfig:
         "resnet8", "wrn10_2", "resnet18", "resnet34", "preactresnet18", "wrn16_8", "wrn28_10", "wrn34_10", "wrn40_2"
     ] = "resnet8"
     """CIFAR ResNet, pre-activation ResNet, or wide ResNet `wrn<depth>_<widening factor>`; any image size."""
+    activation: Literal["relu", "silu"] = "relu"
+    """After every norm: `relu` (paper), or the smooth `silu` (Xie et al., "Smooth Adversarial Training", 2020), which
+    is not part of the fused operator."""
     dropout: float = 0.0
     """Share of values dropped after a block's second activation, wide and pre-activation networks (paper: 0.3)."""
     init: Literal["pytorch", "kaiming"] = "pytorch"

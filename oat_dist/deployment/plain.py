@@ -17,7 +17,7 @@ from oat_dist.models.condition import Frozen
 from oat_dist.models.conditionalise import ConditionalisedNetwork
 from oat_dist.models.layers import SlimmableConv2d
 from oat_dist.models.network import ConditionalNetwork
-from oat_dist.models.norm import FiLMDualBN2d
+from oat_dist.models.norm import ACTIVATIONS, FiLMDualBN2d
 from oat_dist.models.slimming import WHOLE
 
 
@@ -38,13 +38,19 @@ class PlainLinear(nn.Linear):
 
 
 class Site(nn.Module):
-    """Where a norm was: residual and ReLU, which are all that is left of one that went into its convolution."""
+    """Where a norm was: residual and activation, which are all that is left of one that went into its convolution.
 
-    def forward(self, x: Tensor, cond: object, residual: Tensor | None = None, relu: bool = True) -> Tensor:
+    Attributes:
+        activation: That of the norm, set by `plain_copy`.
+    """
+
+    activation = "relu"
+
+    def forward(self, x: Tensor, cond: object, residual: Tensor | None = None, activate: bool = True) -> Tensor:
         """[N, C, H, W], of the same shape."""
         x = self.scaled(x, cond)
         x = x if residual is None else x + residual
-        return x.relu() if relu else x
+        return ACTIVATIONS[self.activation](x) if activate else x
 
     def scaled(self, x: Tensor, cond: object) -> Tensor:
         """What is left of the norm."""
@@ -119,8 +125,10 @@ def plain_copy(network: ConditionalNetwork, frozen: Frozen, site: Callable[[FiLM
     body = copy.deepcopy(network, shared)
     body.encoder = body.film_trunk = None
     body.sites, body.layers, body.slimming = (), {}, WHOLE
-    for name, norm in ((norm.name, norm) for norm in network.sites):
-        body.set_submodule(name, site(norm))
+    for norm in network.sites:
+        plain = site(norm)
+        plain.activation = norm.activation
+        body.set_submodule(norm.name, plain)
     for name, layer in network.layers.items():
         paths = {own: f"{name}.{own}" for own in ("weight", "bias")}
         tensors = {own: frozen.weights[path] for own, path in paths.items() if path in frozen.weights}

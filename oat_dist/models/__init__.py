@@ -99,6 +99,8 @@ def build_model(
         if len(mean) != in_channels or len(std) != in_channels:
             raise UserError(f"data.normalise=True: {len(mean)} means, {len(std)} deviations, {in_channels} channels")
         network.normalise_pixels(mean, std)
+    for site in network.sites:
+        site.activation = cfg.activation
     network.sync_statistics = config.engine.sync_statistics
     network.noise_draws = config.evaluation.num_noise_draws
     return network.to(memory_format=torch.channels_last)

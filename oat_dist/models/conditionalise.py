@@ -126,7 +126,7 @@ class _ToldSite(FiLMDualBN2d):
         """Normalise under the condition of the forward that runs now."""
         if self._told.cond is None:
             raise UserError("network.module: has no lambda when called alone; call network.predict or network(x, cond)")
-        return super().forward(x, self._told.cond, relu=False)
+        return super().forward(x, self._told.cond, activate=False)
 
 
 def _norms(module: nn.Module) -> dict[str, nn.BatchNorm2d]:

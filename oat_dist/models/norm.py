@@ -1,5 +1,7 @@
 """The normalisation site of every network: dual batch norm, FiLM, residual and ReLU in one operator.
 
+Another activation than ReLU is an operation of its own after it.
+
 With conditioning.norm=shared_statistics the groups have scales and shifts of their own but one set of statistics. Batch
 statistics are then taken over all images of a training forward, clean and adversarial, and they are what the running
 ones follow: a network must be trained with the statistics that it is tested with, and the running statistics of
@@ -9,9 +11,10 @@ Letters: N images, C channels, G norm groups, T sets of statistics (G, or 1 if s
 of several sites side by side.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import film_dual_bn, modulate
@@ -20,6 +23,8 @@ from oat_dist.models.film import Generator
 from oat_dist.models.slimming import unfilled, width_name
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu}
+"""Name -> function, as `model.activation` has them."""
 
 
 class GroupedNorm(nn.Module):
@@ -54,6 +59,7 @@ class FiLMDualBN2d(GroupedNorm):
         name: Its name there, for messages.
         film: Generator of scale and shift, or None.
         narrow: Norms of the widths below 1, by `width_name`.
+        activation: One of `ACTIVATIONS`; set by who builds the network.
     """
 
     def __init__(
@@ -79,7 +85,7 @@ class FiLMDualBN2d(GroupedNorm):
             eps: Added to the variance.
         """
         super().__init__(channels, num_groups, num_statistics)
-        self.index, self.name = -1, "norm"
+        self.index, self.name, self.activation = -1, "norm", "relu"
         self.momentum, self.eps = momentum, eps
         self.film = film
         norms = {width_name(w): GroupedNorm(count, num_groups, num_statistics) for w, count in (narrow or {}).items()}
@@ -89,8 +95,15 @@ class FiLMDualBN2d(GroupedNorm):
         """The norm of a width."""
         return self if width == 1 else self.narrow[width_name(width)]
 
-    def forward(self, x: Tensor, cond: Condition | Frozen, residual: Tensor | None = None, relu: bool = True) -> Tensor:
+    def forward(
+        self, x: Tensor, cond: Condition | Frozen, residual: Tensor | None = None, activate: bool = True
+    ) -> Tensor:
         """Normalise [N, C, H, W] under a condition; in training mode the running statistics move."""
+        is_fused = self.activation == "relu"
+        y = self._normalised(x, cond, residual, relu=activate and is_fused)
+        return ACTIVATIONS[self.activation](y) if activate and not is_fused else y
+
+    def _normalised(self, x: Tensor, cond: Condition | Frozen, residual: Tensor | None, *, relu: bool) -> Tensor:
         if isinstance(cond, Frozen):
             scale_LC, shift_LC = cond.affines[self.index]
             return modulate(x, scale_LC, shift_LC, cond.row_N, residual=residual, relu=relu, site=self.name)
@@ -119,6 +132,7 @@ class FiLMDualBN2d(GroupedNorm):
         for name in _TENSORS:
             getattr(site, name).copy_(getattr(norm, name))
         site.film = None if self.film is None else self.film.cut(channels)
+        site.activation = self.activation
         return site.train(self.training)
 
 

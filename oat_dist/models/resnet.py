@@ -27,7 +27,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Condition | Frozen) -> Tensor:
         """[N, C, H, W] -> [N, C', H / stride, W / stride]."""
-        residual = x if self.shortcut is None else self.shortcut_norm(self.shortcut(x, cond), cond, relu=False)
+        residual = x if self.shortcut is None else self.shortcut_norm(self.shortcut(x, cond), cond, activate=False)
         out = self.norm1(self.conv1(x, cond), cond)
         return self.norm2(self.conv2(out, cond), cond, residual=residual)
 
