@@ -19,8 +19,9 @@ def interval_line(step: int, total: int, values: Mapping[str, float], timing: Ma
         parts[0] += f" (epoch {values['epoch'] + 1:.0f})"
     if "loss" in values:
         parts.append(f"loss {values['loss']:.3f}")
-    if "accuracy_clean" in values:
-        parts.append(f"clean {values['accuracy_clean']:.1%} robust {values.get('accuracy_robust', 0):.1%}")
+    kinds = [kind for kind in ("clean", "robust") if f"accuracy_{kind}" in values]
+    if kinds:
+        parts.append(" ".join(f"{kind} {values[f'accuracy_{kind}']:.1%}" for kind in kinds))
     if "grad_norm" in values:
         parts.append(f"grad {values['grad_norm']:.3g}")
     if "lr" in values:

@@ -44,7 +44,8 @@ class StepLog:
         values = {}
         for name, total in totals.items():
             number = numbers.get(name.rpartition("_")[2], numbers["images"])
-            values[name.replace("correct", "accuracy")] = total / number if number else 0.0
+            if number:  # of nothing there is no mean
+                values[name.replace("correct", "accuracy")] = total / number
         self._sums, self._numbers = {}, dict.fromkeys(_DENOMINATORS, 0)
         return values, int(numbers["images"])
 

@@ -115,6 +115,8 @@ def test_means_go_over_the_images_they_are_about():
     log.add(tensors, images=2, clean=2, robust=0)
     expected = {"loss": 2.0, "loss_clean": 2.0, "accuracy_clean": 0.5, "loss_robust": 6.0, "accuracy_robust": 2.0}
     assert log.flush() == (expected, 6)
+    log.add(tensors, images=2, clean=2, robust=0)
+    assert set(log.flush()[0]) == {"loss", "loss_clean", "accuracy_clean"}, "of nothing there is no mean"
 
 
 def test_a_log_goes_on_from_what_it_collapsed_to():

@@ -100,6 +100,7 @@ def test_the_line_leaves_out_what_is_not_there():
     timing = {"images_per_s": 1234.5, "share_attack": 0.75, "share_data": 0.25, "peak_memory_mib": 2048.0}
     expected = "step 3/9, clean 50.0% robust 25.0%, 1234 images/s, data 25% attack 75%, 2.0 GiB"
     assert interval_line(3, 9, values, timing) == expected
+    assert interval_line(3, 9, {"accuracy_clean": 0.5}, {}) == "step 3/9, clean 50.0%"
 
 
 def test_the_trace_holds_as_many_steps_as_were_asked_for(tmp_path):
