@@ -35,7 +35,7 @@ def test_the_description_has_statistics_augmentation_checksums_and_the_command(n
     assert data == open_prepared(str(tmp_path / "out"), "tiny")
     about = json.loads((data.folder / "dataset.json").read_text())
     assert about["counts"] == {"train": 40, "val": 10, "test": 10}
-    assert about["augmentation"] == {"shift_pixels": 4, "flip": True}
+    assert about["augmentation"] == {"shift_pixels": 1, "flip": True}, "an eighth of 8 pixels"
     assert list(about["source_sha256"]) == ["tiny.npz"]
     assert data.command == f"python launch/prepare_data.py npz:{npz} --val 10 --out {tmp_path}/out"
     train = TrainLoader(
@@ -168,7 +168,7 @@ def test_augmentation_is_the_data_sets_own_unless_set(npz, tmp_path):
         loader = TrainLoader(data, config, rank=0, ranks=1, device=torch.device("cpu"))
         return next(iter(loader.epoch(0)))[0].image_NCHW
 
-    assert torch.equal(images(), images(shift_pixels=4, flip=True))
+    assert torch.equal(images(), images(shift_pixels=1, flip=True))
     assert not torch.equal(images(), images(shift_pixels=0))
     assert not torch.equal(images(), images(flip=False))
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image, ImageOps
 
-from oat_dist.data.sources.source import Source, SourceOptions, split_rows
+from oat_dist.data.sources.source import Source, SourceOptions, crop_shift, split_rows
 from oat_dist.errors import UserError
 from oat_dist.progress import progress_bar
 
@@ -69,6 +69,7 @@ def read_folder(path: pathlib.Path, options: SourceOptions) -> Source:
         labels_N=labels_N,
         classes=classes,
         splits=splits,
+        shift_pixels=crop_shift(images_NHWC),
         citation=f"{path.name}, a folder of the user's",
         sha256={f"{path.name}/ (listing by sha256sum)": hashlib.sha256(listing.encode()).hexdigest()},
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from oat_dist.data.checksum import file_sha256
-from oat_dist.data.sources.source import Source, SourceOptions, check_labels, split_rows
+from oat_dist.data.sources.source import Source, SourceOptions, check_labels, crop_shift, split_rows
 from oat_dist.errors import UserError
 
 MAX_BYTES = 1 << 36
@@ -50,14 +50,15 @@ def read_npz(path: pathlib.Path, options: SourceOptions) -> Source:
     missing = np.setdiff1d(np.arange(len(classes)), labels["train"])
     if len(missing):
         raise UserError(f"{path}: y_train: class {missing[0]} of {len(classes)} has no training image")
-    labels_N = np.concatenate(list(labels.values()))
+    images_NHWC, labels_N = np.concatenate(list(images.values())), np.concatenate(list(labels.values()))
     counts = {part: len(y) for part, y in labels.items()}
     return Source(
-        images_NHWC=np.concatenate(list(images.values())),
+        images_NHWC=images_NHWC,
         labels_N=labels_N,
         classes=classes,
         splits=split_rows(labels_N, counts, options, where=str(path)),
         citation=f"{path.name}, an archive of the user's",
+        shift_pixels=crop_shift(images_NHWC),
         sha256={path.name: file_sha256(path)},
     )
 

@@ -59,6 +59,11 @@ class Source:
     """Source file -> checksum."""
 
 
+def crop_shift(images_NHWC: np.ndarray) -> int:
+    """Pixels of translation for images of which nothing else is known: an eighth of the shorter side, 4 of 32."""
+    return min(images_NHWC.shape[1:3]) // 8
+
+
 def split_rows(
     labels_N: np.ndarray,
     counts: Mapping[str, int],
