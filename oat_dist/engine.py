@@ -142,7 +142,7 @@ class Engine:
             loss = _WithIdle.apply(loss, *idle)
         self._engine.backward(loss, scale_wrt_gas=False)
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         is_last = self._engine.is_gradient_accumulation_boundary()
         self._engine.step()
         if is_last and self.config.engine.zero_stage:

@@ -10,16 +10,20 @@ from oat_dist.config import OptimConfig
 
 
 def build_optimizer(network: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
-    """SGD with momentum or AdamW; weight decay on all parameters or on the weights of convolutions and classifier."""
-    groups = [{"params": list(network.parameters())}]
-    if cfg.decay == "weights":
-        weights = set(_decayed(network))
-        parts = ([p for p in network.parameters() if (p in weights) == is_weight] for is_weight in (True, False))
-        groups = [
-            {"params": part, "weight_decay": decay}
-            for part, decay in zip(parts, (cfg.weight_decay, 0.0), strict=True)
-            if part
-        ]
+    """SGD with momentum or AdamW, its parameters in groups of equal weight decay and learning rate.
+
+    The rate of a group is `learning_rate` times its "lr_factor".
+    """
+    decayed = set(_decayed(network) if cfg.decay == "weights" else network.parameters())
+    members: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        kind = cfg.weight_decay if parameter in decayed else 0.0, cfg.film_lr if _is_of_film(name) else 1.0
+        members.setdefault(kind, []).append(parameter)
+    # Decayed ones first, each kind in the order of the network.
+    groups = [
+        {"params": members[decay, factor], "weight_decay": decay, "lr_factor": factor}
+        for decay, factor in sorted(members, reverse=True)
+    ]
     if cfg.optimizer == "sgd":
         return torch.optim.SGD(
             groups, lr=cfg.peak_lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, nesterov=cfg.nesterov
@@ -32,8 +36,13 @@ def _decayed(network: nn.Module) -> list[nn.Parameter]:
     return [
         module.weight
         for name, module in network.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear) and not any(part.startswith("film") for part in name.split("."))
+        if isinstance(module, nn.Conv2d | nn.Linear) and not _is_of_film(name)
     ]
+
+
+def _is_of_film(name: str) -> bool:
+    """Whether a module or parameter of this name makes FiLM's scale and shift."""
+    return any(part.startswith("film") for part in name.split("."))
 
 
 def learning_rate(cfg: OptimConfig, step: int, total_steps: int) -> float:

@@ -150,6 +150,9 @@ class OptimConfig:
     lr_batch_size: int | None = None
     """Batch size for which `lr` is meant: at another the rate is lr * batch_size / lr_batch_size, reached by a
     warm-up (Goyal et al., "Accurate, Large Minibatch SGD", 2017, section 2.1); default: the rate is `lr`."""
+    film_lr: float = 1.0
+    """Learning rate of what makes FiLM's scales and shifts, as a multiple of that of all else. A lambda moves its own
+    by its share of the images alone."""
     momentum: float = 0.9
     """Momentum of sgd."""
     nesterov: bool = True
@@ -177,6 +180,7 @@ class OptimConfig:
         require(0 < self.lr < math.inf, "optim.lr", self.lr, "must be positive and finite")
         ok = self.lr_batch_size is None or self.lr_batch_size >= 1
         require(ok, "optim.lr_batch_size", self.lr_batch_size, "must be at least 1")
+        require(0 < self.film_lr < math.inf, "optim.film_lr", self.film_lr, "must be positive and finite")
         require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "must lie in [0, 1)")
         expected = "Nesterov momentum needs optim.momentum > 0"
         require(not self.nesterov or self.momentum > 0, "optim.nesterov", self.nesterov, expected)

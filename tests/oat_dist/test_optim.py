@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from oat_dist.config import ConditioningConfig, Config, ModelConfig, OptimConfig
+from oat_dist.config import ConditioningConfig, Config, EngineConfig, ModelConfig, OptimConfig
 from oat_dist.models import build_model
 from oat_dist.optim import AveragedNetwork, build_optimizer, learning_rate
+from tests.ranks import run_ranks
 
 
 def test_cosine_falls_from_the_peak_to_zero_and_is_half_way_at_half_the_peak():
@@ -62,6 +63,35 @@ def test_decay_of_weights_spares_norms_biases_and_film(name):
     kernels = {name for name, parameter in plain.named_parameters() if parameter.dim() == 4}
     classifier = {name for name, p in plain.named_parameters() if p.dim() == 2 and len(p) == 3}
     assert kernels and classifier and decayed == kernels | classifier
+
+
+def moves(world, film_lr):
+    """By how much each parameter moves in a step of the engine; every one has the gradient 1."""
+    from oat_dist.engine import Engine
+
+    optim = OptimConfig(film_lr=film_lr, momentum=0.0, nesterov=False, weight_decay=0.0, batch_size=1)
+    config = Config(optim=optim, engine=EngineConfig(threads=1))
+    network = build_model(config, num_classes=3, in_channels=1)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    loss = sum(p.sum() for p in network.parameters())
+    Engine(network, config, world).backward_and_step(loss[None], 0.5)
+    return {name: before[name] - p.detach() for name, p in network.named_parameters()}
+
+
+def moves_at(world):
+    from oat_dist.engine import init_world
+
+    return [moves(init_world(threads=1), film_lr) for film_lr in (1.0, 3.0)]
+
+
+@pytest.mark.dist
+def test_film_may_learn_faster_than_all_else():
+    ((plain, faster),) = run_ranks(moves_at, 1)
+    for name, moved in plain.items():
+        torch.testing.assert_close(moved, torch.full_like(moved, 0.5))
+        is_film = ".film." in name
+        torch.testing.assert_close(faster[name], (3 if is_film else 1) * moved, msg=name)
+    assert any(".film." in name for name in plain)
 
 
 def test_the_average_follows_its_definition_for_parameters_and_running_statistics():

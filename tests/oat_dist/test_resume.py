@@ -51,7 +51,7 @@ def make_config(
 SETTINGS = {
     "zero 0": {},
     "zero 1": {"zero_stage": 1},
-    "zero 2, accumulating": {"zero_stage": 2, "accumulation": 2, "optim": {"decay": "weights"}},
+    "zero 2, accumulating": {"zero_stage": 2, "accumulation": 2, "optim": {"decay": "weights", "film_lr": 3.0}},
     "bf16": {"precision": "bf16"},
     "adamw, extra images": {"optim": {"optimizer": "adamw", "nesterov": False}, "extra": "small", "robust": "rst_adv"},
     "adamw, zero 1": {"optim": {"optimizer": "adamw", "nesterov": False, "decay": "weights"}, "zero_stage": 1},
