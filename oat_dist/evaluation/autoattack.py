@@ -7,11 +7,9 @@ batch, so the same images must be asked about together to get the same answer.
 """
 
 import logging
+from typing import Protocol
 
 import torch
-from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
-from pyautoattack.fab_pt import FABAttack_PT
-from pyautoattack.square import SquareAttack
 from torch import Tensor
 
 from oat_dist.evaluation.ball import Ball
@@ -31,11 +29,11 @@ _LOGGER.addHandler(logging.NullHandler())
 _LOGGER.propagate = False
 
 
-class _FewClasses(APGDAttack_targeted):
-    """apgd-t on the difference of two logits, not divided, which is defined for any number of classes."""
+class _Attack(Protocol):
+    """What is used of the package's classes."""
 
-    def dlr_loss_targeted(self, x: Tensor, y: Tensor) -> Tensor:
-        return (x.gather(1, self.y_target[:, None]) - x.gather(1, y[:, None]))[:, 0]
+    def perturb(self, x: Tensor, y: Tensor) -> Tensor:
+        """[N, C, H, W] adversarial images."""
 
 
 def break_images(
@@ -64,10 +62,19 @@ def break_images(
         return ball.keep_inside(surface.decide(x_adv).argmax(1) != label, x, x_adv)
 
 
-def _attack(
-    surface: Surface, attack: EvaluationAttack, num_classes: int, seed: int, device: torch.device
-) -> APGDAttack | FABAttack_PT | SquareAttack:
+def _attack(surface: Surface, attack: EvaluationAttack, num_classes: int, seed: int, device: torch.device) -> _Attack:
     """An attack of the package, with the settings of its standard version."""
+    # Only here: training and the attacks of our own need no such package.
+    from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+    from pyautoattack.fab_pt import FABAttack_PT
+    from pyautoattack.square import SquareAttack
+
+    class FewClasses(APGDAttack_targeted):
+        """apgd-t on the difference of two logits, not divided, which is defined for any number of classes."""
+
+        def dlr_loss_targeted(self, x: Tensor, y: Tensor) -> Tensor:
+            return (x.gather(1, self.y_target[:, None]) - x.gather(1, y[:, None]))[:, 0]
+
     common = {"norm": _NORM[attack.norm], "eps": attack.eps, "seed": seed, "device": device,
               "n_restarts": attack.restarts, "verbose": False}  # fmt: skip
     wrong = num_classes - 1
@@ -80,5 +87,5 @@ def _attack(
                "logger": _LOGGER}  # fmt: skip
     if attack.kind == "apgd-ce":
         return APGDAttack(surface.gradient, loss="ce", **common)
-    targeted = APGDAttack_targeted if num_classes >= DLR_CLASSES else _FewClasses
+    targeted = APGDAttack_targeted if num_classes >= DLR_CLASSES else FewClasses
     return targeted(surface.gradient, n_target_classes=min(_TARGETS[attack.norm], wrong), **common)
