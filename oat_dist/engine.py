@@ -51,6 +51,8 @@ def deepspeed_config(config: Config, ranks: int) -> dict:
         },
         "torch_autocast": {"enabled": config.engine.precision == "bf16", "dtype": "bfloat16"},
         "steps_per_print": 10**9,
+        # Its stopwatch waits for the device in every forward pass of the network, those of the attack among them.
+        "timers": {"throughput": {"enabled": False}},
     }
 
 
