@@ -6,12 +6,14 @@ form of Croce and Hein, "Mind the Box" (ICML 2021). What one call of the package
 batch, so the same images must be asked about together to get the same answer.
 """
 
+import importlib.util
 import logging
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from oat_dist.errors import UserError
 from oat_dist.evaluation.ball import Ball
 from oat_dist.evaluation.specs import EvaluationAttack
 from oat_dist.evaluation.surface import Surface
@@ -36,6 +38,11 @@ class _Attack(Protocol):
         """[N, C, H, W] adversarial images."""
 
 
+def is_installed() -> bool:
+    """Whether the package is there (it is not imported)."""
+    return importlib.util.find_spec("pyautoattack") is not None
+
+
 def break_images(
     surface: Surface, x: Tensor, label: Tensor, attack: EvaluationAttack, *, seed: int, ball: Ball
 ) -> Tensor:
@@ -51,7 +58,12 @@ def break_images(
 
     Returns:
         [N] bool: the point that the attack found lies in the ball and is answered wrongly.
+
+    Raises:
+        UserError: The package is not installed.
     """
+    if not is_installed():
+        raise UserError(f"attack {attack.name}: needs the package pyautoattack, which is not installed")
     if attack.eps == 0:  # the ball of radius 0 holds the image alone
         return torch.zeros_like(label, dtype=torch.bool)
     # Channels last in memory as they come, which the package's views cannot take.
