@@ -192,7 +192,7 @@ def build_stages(images: pathlib.Path | None, out: pathlib.Path) -> list[Stage]:
             commands=lambda _: [
                 ["benchmarks/film_dual_bn.py", "--networks=resnet34", "--rounds=10", f"--out={compiled_operators}"]
             ],
-            limit_s=120,
+            limit_s=300,
             may_be_cut=True,
             figures=lambda: _operator_figures(compiled_operators),
         ),
