@@ -56,7 +56,7 @@ def test_in_float64_everything_equals_the_definition(site, training, relu):
 
 
 @pytest.mark.parametrize("dtype", EPS, ids=str)
-@pytest.mark.parametrize("site", ["odd", "mixed order", "many channels", "many pixels"])
+@pytest.mark.parametrize("site", ["odd", "mixed order", "many channels"])
 def test_precision_is_as_good_as_plain_pytorch_in_the_same_dtype(site, dtype):
     args = site_inputs(**SITES[site], dtype=dtype, mean=3.0)
     got = run(film_dual_bn, moved(args, DEVICE), backend="triton", relu=False)
