@@ -9,9 +9,9 @@ that moves the bytes which the operator cannot avoid, measured in the same round
 over the operator's.
 
 On a GPU times are CUDA events around one call, after 1 GiB was written (so the L2 cache holds none of its input) and
-the queue was filled for a millisecond (so the host's launches do not count). On a CPU they are wall-clock times and
-caches are not flushed. Medians over rounds in which all take turns. Prints a table with the sum over all sites of a
-network and writes benchmarks/results/film_dual_bn.csv with every site.
+the queue was filled for three milliseconds (so the host's launches do not count). On a CPU they are wall-clock times
+and caches are not flushed. Medians over rounds in which all take turns. Prints a table with the sum over all sites of a
+network and writes benchmarks/results/film_dual_bn.csv with every site, after each network what there is so far.
 """
 
 import argparse
@@ -127,8 +127,8 @@ class Timer:
             return 1000 * (time.perf_counter() - start)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
-        # About a millisecond in which the host gets ahead.
-        torch.cuda._sleep(2_000_000)
+        # Some three milliseconds in which the host gets ahead.
+        torch.cuda._sleep(6_000_000)
         begin.record()
         run(prepared)
         end.record()
@@ -271,12 +271,13 @@ def main() -> None:
     args = parser.parse_args()
     args.precision = choose_precision(args.precision, args.device)
     args.rounds = args.rounds or (20 if args.device.type == "cuda" else 3)
-    rows = [row for network in args.networks for row in measure(network, args)]
-    conditions = environment(args.device)
+    conditions, rows = environment(args.device), []
+    for network in args.networks:
+        rows += measure(network, args)
+        rounded = [{key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()} for row in rows]
+        save([row | conditions for row in rounded], args.out)
     text = report(rows, conditions)
     print(text)
-    rounded = [{key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()} for row in rows]
-    save([row | conditions for row in rounded], args.out)
     if args.docs:
         put_into_docs("film_dual_bn", text)
 

@@ -4,8 +4,9 @@
 
 Needs one NVIDIA GPU and an installation; no network, no FFCV. FOLDER/train/<class>/*.jpg and FOLDER/test/<class>/*.jpg
 are CIFAR-10 as images (or the environment variable OAT_GPU_CHECK_IMAGES); without them nothing is trained. Every stage
-is a process of its own with a time limit, and one that fails does not stop the others. Logs and CSV files are kept in
---out. The last thing printed is a table of stages, results and figures, with what is asked of a figure beside it.
+is a process of its own with a time limit, and one that fails does not stop the others. Logs, CSV files and the table so
+far are kept in --out. The last thing printed is that table: stages, results and figures, with what is asked of a figure
+beside it; a stage that was stopped or failed shows the figures it had written by then.
 
 Exit code: 0 when every stage that ran passed, 1 when one failed or did not get done in its time (the comparisons with
 torch.compile, which come last, may be cut off), 2 without a GPU.
@@ -13,9 +14,11 @@ torch.compile, which come last, may be cut off), 2 without a GPU.
 
 import argparse
 import csv
+import importlib.util
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +37,8 @@ _TRAINING_S = 180
 _TRAINING_OVERHEAD = 0.55
 _CIFAR_TRAIN_IMAGES = 45_000
 _MAX_EPOCHS = 15
+_TEST_PROCESSES = 8
+_MARKED = re.compile(r"^(@|pytestmark = )pytest\.mark\.gpu$", re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +47,8 @@ class Stage:
 
     name: str
     """What the table calls it."""
-    commands: Callable[[], Sequence[Sequence[str]]]
-    """Arguments of python, one list per process, worked out when the stage begins."""
+    commands: Callable[[float], Sequence[Sequence[str]]]
+    """From the seconds that are left for the stage: arguments of python, one list per process."""
     limit_s: float
     """Seconds for all of them."""
     figures: Callable[[], str] = lambda: ""
@@ -76,7 +81,7 @@ def run_stages(stages: Sequence[Stage], out: pathlib.Path, budget_s: float) -> l
     Args:
         stages: In this order.
         out: Folder of the logs.
-        budget_s: Seconds for everything.
+        budget_s: Seconds for everything; the table so far is in `out` should somebody else end it before.
     """
     deadline, outcomes = time.monotonic() + budget_s, []
     for stage in stages:
@@ -91,6 +96,7 @@ def run_stages(stages: Sequence[Stage], out: pathlib.Path, budget_s: float) -> l
             print(f"{stage.name}: at most {left:.0f} s ...", flush=True)
             outcomes.append(_run(stage, out / f"{stage.name.replace(' ', '_')}.log", left))
             print(f"{stage.name}: {outcomes[-1].result}", flush=True)
+        (out / "summary.md").write_text(summary(outcomes) + "\n")
     return outcomes
 
 
@@ -105,15 +111,15 @@ def _run(stage: Stage, log: pathlib.Path, limit_s: float) -> Outcome:
     start = time.monotonic()
     result, figures = "passed", ""
     with log.open("w") as stream:
-        for command in stage.commands():
+        for command in stage.commands(limit_s):
             left = limit_s - (time.monotonic() - start)
             result = _run_process([sys.executable, *command], stream, max(left, 0.1), limit_s)
             if result != "passed":
                 break
-    if result == "passed":
-        try:
-            figures = stage.figures()
-        except (OSError, KeyError, ValueError, IndexError, StopIteration) as error:
+    try:
+        figures = stage.figures()
+    except (OSError, KeyError, ValueError, IndexError, StopIteration) as error:
+        if result == "passed":
             result = f"failed: no figures ({type(error).__name__}: {error})"
     if result != "passed":
         print("".join(log.read_text(errors="replace").splitlines(keepends=True)[-15:]), flush=True)
@@ -144,34 +150,34 @@ def build_stages(images: pathlib.Path | None, out: pathlib.Path) -> list[Stage]:
     compiled_operators, compiled_step = out / "film_dual_bn_compiled.csv", out / "train_step_resnet34_compiled.csv"
     skip = "" if images else f"no images; give --images FOLDER or set {IMAGES_VARIABLE}"
     return [
-        Stage(name="tests", commands=lambda: [["-m", "pytest", "-q", "-m", "gpu"]], limit_s=120),
+        Stage(name="tests", commands=lambda _: [_tests()], limit_s=180),
         Stage(
             name="operators",
-            commands=lambda: [["benchmarks/film_dual_bn.py", "--without=compile", f"--out={operators}"]],
-            limit_s=90,
+            commands=lambda _: [["benchmarks/film_dual_bn.py", "--without=compile", f"--out={operators}"]],
+            limit_s=120,
             figures=lambda: _operator_figures(operators),
         ),
         Stage(
             name="step",
-            commands=lambda: [
+            commands=lambda _: [
                 [
                     "benchmarks/train_step.py", "--model=resnet34", f"--batch-size={_batch_size()}", "--without=b",
                     "--rounds=3", f"--out={step}",
                 ]
             ],
-            limit_s=150,
+            limit_s=240,
             figures=lambda: _step_figures(step),
         ),
         Stage(
             name="training",
-            commands=lambda: _training_commands(images, out, step, _TRAINING_S),
+            commands=lambda left_s: _training_commands(images, out, step, left_s),
             limit_s=_TRAINING_S,
             figures=lambda: _training_figures(out / "runs"),
             skip=skip,
         ),
         Stage(
             name="step compiled",
-            commands=lambda: [
+            commands=lambda _: [
                 [
                     "benchmarks/train_step.py", "--model=resnet34", f"--batch-size={_batch_size()}", "--without", "a",
                     "c", "--rounds=3", f"--out={compiled_step}",
@@ -183,14 +189,24 @@ def build_stages(images: pathlib.Path | None, out: pathlib.Path) -> list[Stage]:
         ),
         Stage(
             name="operators compiled",
-            commands=lambda: [
+            commands=lambda _: [
                 ["benchmarks/film_dual_bn.py", "--networks=resnet34", "--rounds=10", f"--out={compiled_operators}"]
             ],
-            limit_s=120,
+            limit_s=300,
             may_be_cut=True,
             figures=lambda: _operator_figures(compiled_operators),
         ),
     ]  # fmt: skip
+
+
+def _tests() -> list[str]:
+    """The tests marked gpu, by several processes if pytest can: they compile for most of their time.
+
+    Their files are named, because others import packages that a machine without network may lack (Ray, AutoAttack).
+    """
+    files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if _MARKED.search(path.read_text())]
+    parallel = ["-n", str(_TEST_PROCESSES)] if importlib.util.find_spec("xdist") else []
+    return ["-m", "pytest", "-q", "-m", "gpu", *parallel, *(str(path.relative_to(ROOT)) for path in files)]
 
 
 def _batch_size() -> int:
@@ -288,9 +304,8 @@ def main() -> int:
         parser.error(f"--stages: no stage {sorted(unknown)}; there are {', '.join(names)}")
     chosen = [stage for stage in stages if args.stages is None or stage.name in args.stages]
     outcomes = run_stages(chosen, out, 60 * args.minutes)
-    text = summary(outcomes)
-    (out / "summary.md").write_text(text + "\n")
-    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}; logs and CSV files: {out}\n\n{text}")
+    where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}; logs and CSV files: {out}"
+    print(f"\n{where}\n\n{summary(outcomes)}")
     return int(any(outcome.failed for outcome in outcomes))
 
 

@@ -58,7 +58,7 @@ class PublishedSite(nn.Module):
             self.norms.append(norm)
         self.film = copy.deepcopy(site.film)
 
-    def forward(self, x: Tensor, told: Told, residual: Tensor | None = None, relu: bool = True) -> Tensor:
+    def forward(self, x: Tensor, told: Told, residual: Tensor | None = None, activate: bool = True) -> Tensor:
         """Normalise under the codes of all rows and the number of the first rows with lambda = 0."""
         code_NE, num_zero = told.code_NE, told.num_zero
         if len(self.norms) == 1 or num_zero == len(x):
@@ -72,7 +72,7 @@ class PublishedSite(nn.Module):
             out = out * scale_NC[:, :, None, None] + shift_NC[:, :, None, None]
         if residual is not None:
             out += residual
-        return F.relu(out, inplace=self.relu_in_place) if relu else out
+        return F.relu(out, inplace=self.relu_in_place) if activate else out
 
 
 def published(network: ConditionalNetwork) -> ConditionalNetwork:

@@ -46,9 +46,9 @@ def sites_of(network: ConditionalNetwork, image_shape: tuple[int, int, int]) -> 
     found: Counter[Site] = Counter()
 
     def note(site: nn.Module, args: tuple, kwargs: dict) -> None:
-        # `FiLMDualBN2d.forward(x, cond, residual=None, relu=True)`.
+        # `FiLMDualBN2d.forward(x, cond, residual=None, activate=True)`.
         residual = kwargs.get("residual", args[2] if len(args) > 2 else None)
-        relu = kwargs.get("relu", args[3] if len(args) > 3 else True)
+        relu = kwargs.get("activate", args[3] if len(args) > 3 else True)
         _, channels, height, width = args[0].shape
         found[
             Site(

@@ -6,7 +6,8 @@ Measures the arrangements of `arrangements.py` - ours; a: as published, float32;
 channels_last and torch.compile; c: a clean step of the plain network - in one run. They take turns, so ratios hold on
 a machine whose speed drifts; warm-up is not timed. The host waits for a GPU once per turn. Memory is measured before,
 in one process per arrangement: on a GPU the allocator's peak, on a CPU the growth of resident memory since the
-imports (with the C library's slack and, for b, the compiler's own memory; an approximation).
+imports (with the C library's slack and, for b, the compiler's own memory; an approximation). An arrangement that fails
+there is left out, and the exit code is then 1.
 
 "Cost ratio" is the time per image of ours over that of c. An OAT image costs 17.17 forward units (docs/design.md), a
 clean one 3, so 5.7 by arithmetic; on a GPU it should stay within 1.15 times that.
@@ -18,6 +19,7 @@ benchmarks/results/train_step_<model>.csv; --docs also puts the table into docs/
 import argparse
 import json
 import pathlib
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -135,9 +137,29 @@ def alone(name: str, args: argparse.Namespace, *, rounds: int) -> dict[str, obje
     return json.loads(last_line_of("train_step.py", [*(f"--{k}={v}" for k, v in options.items()), f"--only={name}"]))
 
 
+def alone_or_left_out(names: Sequence[str], args: argparse.Namespace) -> dict[str, dict[str, object]]:
+    """`alone` of every arrangement that runs at all; why another does not is said on standard error.
+
+    Raises:
+        RuntimeError: Ours does not.
+    """
+    found = {}
+    for name in names:
+        try:
+            found[name] = alone(name, args, rounds=1)
+        except RuntimeError as error:
+            if name == "ours":
+                raise
+            print(f"{name} is left out: {error}", file=sys.stderr, flush=True)
+        else:
+            print(f"{name} alone: {found[name]}", file=sys.stderr, flush=True)
+    return found
+
+
 def measure(names: Sequence[str], args: argparse.Namespace) -> list[dict[str, object]]:
-    """One row per arrangement."""
-    memory = {name: alone(name, args, rounds=1) for name in names}
+    """One row per arrangement that runs."""
+    memory = alone_or_left_out(names, args)
+    names = list(memory)
     clocks = {name: Stopwatch(args.device) for name in names}
     with tempfile.TemporaryDirectory() as folder:
         setting = make_setting(args, folder)
@@ -208,13 +230,13 @@ def report(rows: Sequence[dict[str, object]]) -> str:
     return "\n".join([*lines, describe({key: first[key] for key in keys})])
 
 
-def main() -> None:
-    """Measure, print, write."""
+def main() -> int:
+    """Measure, print, write; 1 if an arrangement was left out that was asked for."""
     args = parse()
     torch.backends.cudnn.benchmark = True
     if args.only:
         print(json.dumps(measure_one(args.only, args)))
-        return
+        return 0
     names = [name for name in ARRANGEMENTS if name not in args.without]
     rows = [row | environment(args.device) for row in measure(names, args)]
     text = report(rows)
@@ -222,7 +244,8 @@ def main() -> None:
     save(rows, args.out)
     if args.docs:
         put_into_docs(f"train_step {args.model}", text)
+    return int(len(rows) < len(names))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,7 +23,7 @@ _THREADS = 32 * _NUM_WARPS
 # way. Each leaves a partial row per segment that the merge reads again, so more programs would make the merge longer.
 _STATISTICS_PROGRAMS = 256
 _STATISTICS_STAGES = 5
-_STATISTICS_REGISTERS = 168  # three programs of 128 threads fit a processor of 65536
+_STATISTICS_REGISTERS = 255  # two programs of 128 threads fit a processor of 65536
 # Gradient sums: images are independent, so several programs per processor queue up and even out.
 _GRADIENT_PROGRAMS = 1024
 _GROUP_BITS = 3

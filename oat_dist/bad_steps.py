@@ -138,4 +138,4 @@ class StepHealth:
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Euclidean norm of all gradients together, float64, on their device; not finite where one of them is not."""
     norms = torch._foreach_norm(list(gradients))
-    return torch.stack([norm.double() for norm in norms]).square().sum().sqrt()
+    return torch.stack(norms).double().square().sum().sqrt()

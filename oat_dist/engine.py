@@ -51,6 +51,8 @@ def deepspeed_config(config: Config, ranks: int) -> dict:
         },
         "torch_autocast": {"enabled": config.engine.precision == "bf16", "dtype": "bfloat16"},
         "steps_per_print": 10**9,
+        # Its stopwatch waits for the device in every forward pass of the network, those of the attack among them.
+        "timers": {"throughput": {"enabled": False}},
     }
 
 
@@ -271,6 +273,8 @@ def _import_deepspeed():
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # The shared-memory all-reduce is for inference alone, which we do not use; building it takes a compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # The shared-memory all-reduce is for inference alone, which we do not use; building it takes a compiler. On a GPU
+    # there is none, and asking which operators there are would start compilers.
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

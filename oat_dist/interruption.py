@@ -70,7 +70,8 @@ class StopSignals:
         if self.world.ranks == 1:
             return self.received is not None
         device = self.world.device
-        flag = self.world.largest(torch.tensor(int(self.received is not None), device=device))
+        # Filled there: for a copy from the host, the host would wait.
+        flag = self.world.largest(torch.full((), int(self.received is not None), device=device))
         if device.type == "cpu":
             return bool(flag)
         host = torch.empty((), dtype=flag.dtype, pin_memory=True).copy_(flag, non_blocking=True)

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -43,6 +44,14 @@ def test_a_floor_imports_no_higher_floor_and_a_package_only_by_its_owner(path):
         assert FLOORS.get(package, -1) <= floor, f"{name} imports {package} of a higher floor"
         if package in OWNERS:
             assert OWNERS[package] == name, f"{name} imports {package}; only {OWNERS[package]} may"
+
+
+def test_preparing_data_training_and_their_page_need_no_package_of_search_autoattack_or_ffcv():
+    missing = ("ray", "optuna", "pyautoattack", "ffcv", "wandb", "foolbox")
+    program = f"import sys; sys.modules.update(dict.fromkeys({missing}))\n"
+    program += "import launch.prepare_data, launch.train, oat_dist.engine, oat_dist.trainer, oat_dist.page"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_lowest_floor_imports_only_torch_triton_and_itself():

@@ -6,14 +6,14 @@ form of Croce and Hein, "Mind the Box" (ICML 2021). What one call of the package
 batch, so the same images must be asked about together to get the same answer.
 """
 
+import importlib.util
 import logging
+from typing import Protocol
 
 import torch
-from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
-from pyautoattack.fab_pt import FABAttack_PT
-from pyautoattack.square import SquareAttack
 from torch import Tensor
 
+from oat_dist.errors import UserError
 from oat_dist.evaluation.ball import Ball
 from oat_dist.evaluation.specs import EvaluationAttack
 from oat_dist.evaluation.surface import Surface
@@ -31,11 +31,16 @@ _LOGGER.addHandler(logging.NullHandler())
 _LOGGER.propagate = False
 
 
-class _FewClasses(APGDAttack_targeted):
-    """apgd-t on the difference of two logits, not divided, which is defined for any number of classes."""
+class _Attack(Protocol):
+    """What is used of the package's classes."""
 
-    def dlr_loss_targeted(self, x: Tensor, y: Tensor) -> Tensor:
-        return (x.gather(1, self.y_target[:, None]) - x.gather(1, y[:, None]))[:, 0]
+    def perturb(self, x: Tensor, y: Tensor) -> Tensor:
+        """[N, C, H, W] adversarial images."""
+
+
+def is_installed() -> bool:
+    """Whether the package is there (it is not imported)."""
+    return importlib.util.find_spec("pyautoattack") is not None
 
 
 def break_images(
@@ -53,7 +58,12 @@ def break_images(
 
     Returns:
         [N] bool: the point that the attack found lies in the ball and is answered wrongly.
+
+    Raises:
+        UserError: The package is not installed.
     """
+    if not is_installed():
+        raise UserError(f"attack {attack.name}: needs the package pyautoattack, which is not installed")
     if attack.eps == 0:  # the ball of radius 0 holds the image alone
         return torch.zeros_like(label, dtype=torch.bool)
     # Channels last in memory as they come, which the package's views cannot take.
@@ -64,10 +74,19 @@ def break_images(
         return ball.keep_inside(surface.decide(x_adv).argmax(1) != label, x, x_adv)
 
 
-def _attack(
-    surface: Surface, attack: EvaluationAttack, num_classes: int, seed: int, device: torch.device
-) -> APGDAttack | FABAttack_PT | SquareAttack:
+def _attack(surface: Surface, attack: EvaluationAttack, num_classes: int, seed: int, device: torch.device) -> _Attack:
     """An attack of the package, with the settings of its standard version."""
+    # Only here: training and the attacks of our own need no such package.
+    from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+    from pyautoattack.fab_pt import FABAttack_PT
+    from pyautoattack.square import SquareAttack
+
+    class FewClasses(APGDAttack_targeted):
+        """apgd-t on the difference of two logits, not divided, which is defined for any number of classes."""
+
+        def dlr_loss_targeted(self, x: Tensor, y: Tensor) -> Tensor:
+            return (x.gather(1, self.y_target[:, None]) - x.gather(1, y[:, None]))[:, 0]
+
     common = {"norm": _NORM[attack.norm], "eps": attack.eps, "seed": seed, "device": device,
               "n_restarts": attack.restarts, "verbose": False}  # fmt: skip
     wrong = num_classes - 1
@@ -80,5 +99,5 @@ def _attack(
                "logger": _LOGGER}  # fmt: skip
     if attack.kind == "apgd-ce":
         return APGDAttack(surface.gradient, loss="ce", **common)
-    targeted = APGDAttack_targeted if num_classes >= DLR_CLASSES else _FewClasses
+    targeted = APGDAttack_targeted if num_classes >= DLR_CLASSES else FewClasses
     return targeted(surface.gradient, n_target_classes=min(_TARGETS[attack.norm], wrong), **common)

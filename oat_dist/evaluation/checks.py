@@ -120,7 +120,7 @@ def _search(surface: Surface, batches: Sequence[Batch], outcome: Outcome, lam: f
     attack = outcome.plan.attack
     # Its patterns for L2 and L1 divide the image by five.
     too_small = attack.norm != "linf" and min(batches[0].image_NCHW.shape[2:]) < 5
-    if too_small or len(robust) == 0:
+    if too_small or len(robust) == 0 or not autoattack.is_installed():
         return 0, 0
     image, label = _images(batches, robust)
     square = EvaluationAttack(kind="square", eps=attack.eps, norm=attack.norm, steps=SEARCH_QUERIES)
@@ -178,6 +178,7 @@ def _of_search(outcome: Outcome, probes: Sequence[_Probe]) -> dict:
         f"share of images that a gradient-free attack broke after the others had failed (square where it was asked for,"
         f" else {SEARCH_QUERIES} queries on up to {SEARCH_IMAGES} images per lambda); gradients may be masked"
     )
+    detail += "" if autoattack.is_installed() else "; nothing was searched, pyautoattack is not installed"
     return _check("gradient-free attack better", lambdas, shares, 0.0, detail)
 
 

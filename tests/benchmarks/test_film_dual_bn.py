@@ -29,6 +29,7 @@ def test_the_sites_of_resnet34_are_found_on_shapes_alone():
     found, network = sites("resnet34", 32)
     assert sum(found.values()) == len(network.sites) == 36
     assert sum(count for s, count in found.items() if not s.has_film) == 3, "the norms of shortcuts"
+    assert sum(count for s, count in found.items() if not s.relu) == 3, "these too"
     assert sum(count for s, count in found.items() if s.has_residual) == 16, "one per block"
     resolutions = Counter({(s.channels, s.height): 0 for s in found})
     for s, count in found.items():

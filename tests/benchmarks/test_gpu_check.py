@@ -17,7 +17,7 @@ NOTHING = ["-c", "pass"]
 
 
 def stage(name, command, limit_s=20, **more) -> Stage:
-    return Stage(name=name, commands=lambda: [command], limit_s=limit_s, **more)
+    return Stage(name=name, commands=lambda _: [command], limit_s=limit_s, **more)
 
 
 def test_a_stage_that_fails_or_hangs_stops_no_other(tmp_path, capfd):
@@ -37,6 +37,27 @@ def test_a_stage_that_fails_or_hangs_stops_no_other(tmp_path, capfd):
     assert [o.failed for o in outcomes] == [False, True, True, True, False, False]
     assert "what went wrong" in capfd.readouterr().out
     assert "| good | passed | 0 | 7 of 7 |" in summary(outcomes)
+
+
+def test_a_stage_that_is_stopped_shows_what_it_had_measured_and_the_table_so_far_is_on_disk(tmp_path):
+    stages = [
+        stage("slow", ["-c", "import time; time.sleep(60)"], limit_s=1, figures=lambda: "half of it"),
+        stage("reader", ["-c", f"assert 'half of it' in open({str(tmp_path / 'summary.md')!r}).read()"]),
+    ]
+    slow, reader = run_stages(stages, tmp_path, 60)
+    assert (slow.result, slow.figures) == ("stopped after 1 s", "half of it") and slow.failed
+    assert reader.result == "passed"
+
+
+def test_the_tests_of_a_gpu_are_found_without_the_packages_that_others_import():
+    missing = ("ray", "optuna", "pyautoattack", "ffcv", "wandb", "foolbox")
+    command = gpu_check._tests()
+    program = f"import sys; sys.modules.update(dict.fromkeys({missing})); import pytest\n"
+    program += f"sys.exit(pytest.main({[*command[2:], '--collect-only', '--continue-on-collection-errors']}))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=gpu_check.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    for name in ("test_on_gpu", "test_forward", "test_graphed", "test_step"):
+        assert f"{name}.py::" in done.stdout
 
 
 def test_a_hanging_stage_takes_its_children_with_it(tmp_path):

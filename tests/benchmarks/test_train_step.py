@@ -60,6 +60,21 @@ def test_batches_have_their_zeros_first_and_a_constant_number_of_them(args, tmp_
         assert (lam_N[:2] == 0).all() and (lam_N[2:] > 0).all()
 
 
+def test_an_arrangement_that_fails_alone_is_left_out_and_ours_is_not(args, monkeypatch, capsys):
+    def alone(name, args, rounds):
+        if name == broken:
+            raise RuntimeError("out of memory")
+        return {"seconds": [1.0]}
+
+    monkeypatch.setattr(train_step, "alone", alone)
+    broken = "a"
+    assert list(train_step.alone_or_left_out(["ours", "a", "c"], args)) == ["ours", "c"]
+    assert "a is left out: out of memory" in capsys.readouterr().err
+    broken = "ours"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train_step.alone_or_left_out(["ours", "a"], args)
+
+
 def test_rows_and_table_tell_all_arrangements_against_ours(args, interpreted, monkeypatch):
     monkeypatch.setattr(train_step, "alone", lambda name, args, rounds: {"seconds": [1.0], "peak_mib": 12.3})
     rows = [row | environment(CPU) for row in train_step.measure(list(ARRANGEMENTS), args)]

@@ -27,7 +27,7 @@ class Linear(ConditionalNetwork):
         self._number_sites()
 
     def _features(self, x, cond):
-        return self.norm(x, cond, relu=False).flatten(1)
+        return self.norm(x, cond, activate=False).flatten(1)
 
 
 def exact_robust(network: Linear, batch: Batch, eps: float) -> torch.Tensor:

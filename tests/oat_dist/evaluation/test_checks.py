@@ -7,7 +7,8 @@ import torch
 
 from oat_dist.config import DataConfig
 from oat_dist.data import evaluation_batches
-from oat_dist.evaluation import EvaluationAttack, Plan, iterated, parse_attacks, run_plan
+from oat_dist.errors import UserError
+from oat_dist.evaluation import EvaluationAttack, Plan, autoattack, iterated, parse_attacks, run_plan
 from oat_dist.evaluation.checks import self_checks
 from tests.oat_dist.evaluation.networks import (
     Linear,
@@ -104,3 +105,14 @@ def test_few_classes_get_another_loss_and_it_is_said(num_classes, name, is_flagg
     outcome = run_plan(network, batches, Plan(lambdas=(LAM,), attack=attack))
     check = self_checks(network, batches, outcome)[-1]
     assert check["flagged"] == is_flagged and check["worst"] == num_classes and said in check["detail"]
+
+
+def test_without_the_package_of_autoattack_nothing_is_searched_and_it_is_said(images, monkeypatch):
+    monkeypatch.setattr(autoattack, "is_installed", lambda: False)
+    network = masked(perturbed_network())
+    outcome = run_plan(network, images, Plan(lambdas=(LAM,), attack=ATTACK))
+    (check,) = (c for c in self_checks(network, images, outcome) if c["check"] == "gradient-free attack better")
+    assert not check["flagged"] and check["detail"].endswith("nothing was searched, pyautoattack is not installed")
+    square = parse_attacks(["square-10"], eps=0.3, norm="linf")
+    with pytest.raises(UserError, match=r"^attack square-10: needs the package pyautoattack, which is not installed$"):
+        run_plan(network, images, Plan(lambdas=(LAM,), attack=square))
