@@ -82,8 +82,8 @@ def cluster(address: str | None) -> Iterator[None]:
         os.environ.setdefault(key, value)
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
-        os.environ.pop("RAY_ADDRESS", None)
-        ray.init(_node_ip_address="127.0.0.1", num_cpus=len(os.sched_getaffinity(0)),
+        # "local": without it Ray would join any other cluster of this machine.
+        ray.init("local", _node_ip_address="127.0.0.1", num_cpus=len(os.sched_getaffinity(0)),
                  object_store_memory=_OBJECT_STORE_BYTES, **quiet)  # fmt: skip
     else:
         del quiet["include_dashboard"]

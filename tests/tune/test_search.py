@@ -121,6 +121,21 @@ def test_a_trial_of_two_workers_spans_two_nodes(settings, tmp_path):
     assert [entry.split(":")[0] for entry in row["history"].split()] == ["1", "2", "3"]
 
 
+@pytest.mark.slow
+@pytest.mark.dist
+def test_without_an_address_no_other_cluster_of_the_machine_is_joined():
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 * 2**20})
+    count = "import ray, tune.cluster\nwith tune.cluster.cluster(None): print('CPUs', ray.cluster_resources()['CPU'])"
+    try:
+        nodes.add_node(num_cpus=5, object_store_memory=100 * 2**20)
+        environment = {**os.environ, "RAY_ADDRESS": nodes.address}
+        done = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, cwd=ROOT, timeout=120,
+                              env=environment)  # fmt: skip
+    finally:
+        nodes.shutdown()
+    assert f"CPUs {len(os.sched_getaffinity(0))}.0" in done.stdout, done.stdout + done.stderr
+
+
 def start(args, monkeypatch) -> int:
     monkeypatch.setattr(sys, "argv", ["search.py", *args])
     try:
