@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from oat_dist import rendezvous
 from oat_dist.bad_steps import gradient_norm
 from oat_dist.config import Config
+from oat_dist.determinism import choose_algorithms
 from oat_dist.distributed import World
 from oat_dist.models.condition import Condition
 from oat_dist.models.slimming import widths_per_step
@@ -101,6 +102,7 @@ class Engine:
             world: From `init_world`.
         """
         self.config, self.world, self._network = config, world, network
+        choose_algorithms(world.device, deterministic=config.engine.deterministic)
         # DeepSpeed sends the weights of rank 0 as raw bytes, which takes plain memory.
         network.to(memory_format=torch.contiguous_format)
         optimizer = build_optimizer(network, config.optim)

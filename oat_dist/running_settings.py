@@ -26,6 +26,9 @@ class EngineConfig:
     compile: bool = False
     """Run the network's forward through torch.compile, in training and attack; the first steps take minutes. Needs a
     C++ compiler on a CPU."""
+    deterministic: bool = False
+    """On a GPU, ask for algorithms that repeat a run to the last bit, and warn of operators that have none; else cuDNN
+    keeps the fastest of those it tries. A CPU always repeats."""
     sync_statistics: bool = False
     """Share batch-norm statistics over ranks in every training forward."""
     threads: int = 0
