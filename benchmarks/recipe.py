@@ -78,7 +78,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "default": {},
     "published": PUBLISHED,
     "no_ema": {"optim.ema_decay": 0.0},
-    "paper_start": {"conditioning.film_start": "paper"},
+    "paper_start": {"conditioning.film": "mlp", "conditioning.film_start": "paper"},
     "equal_weights": {"conditioning.weights": None},
     # Four fifths of the images at the ends of the curve.
     "end_weights": {"conditioning.weights": [10.0, 1.0, 1.0, 1.0, 1.0, 6.0]},
