@@ -35,6 +35,9 @@ from oat_dist.evaluation import EvaluationAttack
 from oat_dist.frontier import Frame, dedicated_frame, frontier_score
 from oat_dist.trainer import open_data
 
+BASE = ("--config=launch/configs/cifar10_8k_wrn10_2.yaml", "--data.loader=memory")
+"""Arguments of the default recipe."""
+
 PUBLISHED = {
     "data.cutout_pixels": 0,
     "data.normalise": False,
@@ -222,7 +225,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--docs", action="store_true", help="put the table into docs/reproduction.md")
     args, rest = parser.parse_known_args(argv)
     if not any(argument.startswith("--config") for argument in rest):
-        rest = ["--config=launch/configs/cifar10_8k_wrn10_2.yaml", "--data.loader=memory", *rest]
+        rest = [*BASE, *rest]
     base = load_config(rest)
     settings = ROWS | ({LONGER: longer(base, args.time_ratio)} if LONGER in args.rows else {})
     with init_world(base.engine.threads) as world:

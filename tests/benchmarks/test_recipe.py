@@ -1,5 +1,6 @@
 """The table of recipes: every row is a run of its own, published is as published, differences are paired."""
 
+import csv
 import json
 import pathlib
 import types
@@ -7,6 +8,7 @@ import types
 import paired
 import pytest
 import recipe
+import recipe_speed
 import torch
 
 from oat_dist.config import computed_settings, fingerprint
@@ -100,3 +102,15 @@ def test_the_documents_have_a_place_for_both_tables():
     text = pathlib.Path("docs/reproduction.md").read_text()
     for name in ("recipe cifar10_8k_wrn10_2", "recipe cifar10_8k_wrn10_2 validation"):
         assert f"<!-- begin {name} -->" in text.partition(f"<!-- end {name} -->")[0]
+
+
+def test_the_speeds_of_both_recipes_are_measured_in_turns(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipe_speed, "RESULTS", tmp_path)
+    recipe_speed.main(["--config=launch/configs/digits.yaml", "--data.loader=memory", "--rounds=1", "--batch-size=12"])
+    rows = list(csv.DictReader((tmp_path / "recipe_speed_digits.csv").open()))
+    assert [row["recipe"] for row in rows] == ["default", "published", "same step"]
+    assert [float(rows[0][f"images_{key}"]) for key in ("median", "min", "max")] == [1, 1, 1]
+    for row in rows[1:]:
+        low, middle, high = (float(row[f"images_{key}"]) for key in ("min", "median", "max"))
+        assert 0 < low <= middle <= high and row["rounds"] == "1" and row["clock"] == "processor"
+    assert "| published |" in capsys.readouterr().out
