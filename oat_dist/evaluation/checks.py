@@ -20,7 +20,7 @@ from oat_dist.distributed import World
 from oat_dist.evaluation import autoattack
 from oat_dist.evaluation.ball import Ball
 from oat_dist.evaluation.iterated import margin
-from oat_dist.evaluation.loop import ROBUST, Outcome
+from oat_dist.evaluation.loop import CLEAN, ROBUST, Outcome
 from oat_dist.evaluation.specs import EvaluationAttack
 from oat_dist.evaluation.surface import Surface, Surfaces
 from oat_dist.models.network import ConditionalNetwork
@@ -40,6 +40,9 @@ _ZERO_SHARE = 0.1
 _BETTER_COUNT, _BETTER_SHARE, _SEARCH_SHARE = 2, 0.002, 0.05
 """What a gradient-free attack must break beyond the gradient ones: this many images, and this share of all, or of those
 that were searched."""
+_SEARCH_RATIO = 0.5
+"""And, where it is the short search, this ratio of its share to the share that gradients broke before: no gradient
+attack finds everything, so a search finds some of the rest at an honest network too, but few."""
 
 
 @dataclass
@@ -171,9 +174,12 @@ def _of_search(outcome: Outcome, probes: Sequence[_Probe]) -> dict:
         code = outcome.of(lam)
         late = [at + 1 for at, kind in enumerate(kinds) if kind == "square" and set(kinds[:at]) - {"square"}]
         count = sum(int((code == at).sum()) for at in late)
+        answered = int((code != CLEAN).sum())
+        by_gradient = (answered - count - int((code == ROBUST).sum())) / max(1, answered)
+        found = probe.found / max(1.0, probe.searched)
         is_better = count >= _BETTER_COUNT and count > _BETTER_SHARE * len(code)
-        is_better |= probe.found >= _BETTER_COUNT and probe.found > _SEARCH_SHARE * probe.searched
-        shares.append(max(count / len(code), probe.found / max(1.0, probe.searched)) if is_better else 0.0)
+        is_better |= probe.found >= _BETTER_COUNT and found > max(_SEARCH_SHARE, _SEARCH_RATIO * by_gradient)
+        shares.append(max(count / len(code), found) if is_better else 0.0)
     detail = (
         f"share of images that a gradient-free attack broke after the others had failed (square where it was asked for,"
         f" else {SEARCH_QUERIES} queries on up to {SEARCH_IMAGES} images per lambda); gradients may be masked"

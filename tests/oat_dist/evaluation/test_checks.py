@@ -8,7 +8,7 @@ import torch
 from oat_dist.config import DataConfig
 from oat_dist.data import evaluation_batches
 from oat_dist.errors import UserError
-from oat_dist.evaluation import EvaluationAttack, Plan, autoattack, iterated, parse_attacks, run_plan
+from oat_dist.evaluation import EvaluationAttack, Plan, autoattack, checks, iterated, loop, parse_attacks, run_plan
 from oat_dist.evaluation.checks import self_checks
 from tests.oat_dist.evaluation.networks import (
     Linear,
@@ -33,12 +33,12 @@ def images(digits):
 
 def flagged(network, batches, attack=ATTACK, lambdas=(LAM,)) -> dict[str, dict]:
     outcome = run_plan(network, batches, Plan(lambdas=lambdas, attack=attack))
-    checks = self_checks(network, batches, outcome)
-    assert [check["check"] for check in checks] == [
+    found = self_checks(network, batches, outcome)
+    assert [check["check"] for check in found] == [
         "stochastic output", "probabilities instead of logits", "zero gradients", "training mode",
         "gradient-free attack better", "eps exceeded", "fewer than 4 classes",
     ]  # fmt: skip
-    return {check["check"]: check for check in checks if check["flagged"]}
+    return {check["check"]: check for check in found if check["flagged"]}
 
 
 def test_an_honest_network_is_not_flagged(images):
@@ -55,6 +55,19 @@ def test_masked_gradients_are_flagged_twice(images):
     share = flagged(masked(perturbed_network()), images, asked)["gradient-free attack better"]["worst"]
     code = run_plan(masked(perturbed_network()), images, Plan(lambdas=(LAM,), attack=asked)).of(LAM)
     assert share >= (code == 2).double().mean() > 0.1
+
+
+@pytest.mark.parametrize(("found", "broken", "is_flagged"),
+                         [(3, 30, False), (3, 0, True), (12, 30, True), (1, 0, False), (2, 6, True), (2, 9, False)])  # fmt: skip
+def test_a_search_is_held_against_what_gradients_broke_before(found, broken, is_flagged):
+    # 64 images: 4 wrong without an attack, `broken` by gradients, the others robust; 32 of these were searched.
+    code_M = torch.full((64,), loop.ROBUST, dtype=torch.int8)
+    code_M[:4], code_M[4 : 4 + broken] = loop.CLEAN, 1
+    outcome = loop.Outcome(plan=Plan(lambdas=(LAM,), attack=ATTACK), index_M=torch.arange(64), code_CM=code_M[None],
+                           outside=0)  # fmt: skip
+    check = checks._of_search(outcome, [checks._Probe(searched=32, found=found)])
+    assert (check["flagged"], check["lambdas"]) == (is_flagged, [LAM] if is_flagged else [])
+    assert check["worst"] == (found / 32 if is_flagged else 0)
 
 
 def test_noisy_weights_are_flagged(images):
