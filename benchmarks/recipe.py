@@ -14,6 +14,7 @@ so the same command goes on. Writes benchmarks/results/recipe_<name of the confi
 
 import argparse
 import dataclasses
+import itertools
 import pathlib
 import statistics
 import sys
@@ -32,7 +33,7 @@ from oat_dist.distributed import World
 from oat_dist.engine import init_world
 from oat_dist.errors import UserError, require
 from oat_dist.evaluation import EvaluationAttack
-from oat_dist.frontier import Frame, dedicated_frame, frontier_score
+from oat_dist.frontier import Frame, dedicated_frame, frontier_score, mean_points
 from oat_dist.trainer import open_data
 
 BASE = ("--config=launch/configs/cifar10_8k_wrn10_2.yaml", "--data.loader=memory")
@@ -158,6 +159,7 @@ class Table:
         for lam in _LAMBDAS:
             for key in ("sa", "ra"):
                 found[f"{key}_{lam:g}"] = _mean([100 * p[key] for c in curves for p in c if p["lam"] == lam], 2)
+        found["sa_rise"], found["ra_fall"] = wrong_way(curves)
         found["images_per_s"] = _mean([images_per_s(run) for run in runs], 1)
         print(found, file=sys.stderr, flush=True)
         return found, [right_images(run, lambdas, attack, **where) for run in runs]
@@ -182,6 +184,23 @@ def longer(base: Config, time_ratio: float | None) -> dict[str, int]:
     expected = f"must give {LONGER} more than optim.epochs={base.optim.epochs}"
     require(epochs > base.optim.epochs, "--time-ratio", time_ratio, expected)
     return {"optim.epochs": epochs}
+
+
+def wrong_way(curves: Sequence[Sequence[dict]]) -> tuple[float, float]:
+    """How far accuracies go the wrong way as lambda grows, seeds pooled: SA should not rise and RA not fall.
+
+    Args:
+        curves: Points of every seed, at the same lambdas.
+
+    Returns:
+        Largest rise of SA and largest fall of RA from any lambda to any larger one, in points; 0 where there is none.
+    """
+    pooled = sorted(mean_points(curves), key=lambda point: point["lam"])
+    pairs = list(itertools.combinations(pooled, 2))
+    sa_rise, ra_fall = (
+        max(0.0, *(sign * (high[key] - low[key]) for low, high in pairs)) for key, sign in (("sa", 1), ("ra", -1))
+    )
+    return round(100 * sa_rise, 2), round(100 * ra_fall, 2)
 
 
 def compared(row: Mapping[str, object], ours: Sequence[Right], theirs: Sequence[Right]) -> dict[str, object]:

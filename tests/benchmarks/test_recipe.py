@@ -114,3 +114,14 @@ def test_the_speeds_of_both_recipes_are_measured_in_turns(tmp_path, monkeypatch,
         low, middle, high = (float(row[f"images_{key}"]) for key in ("min", "median", "max"))
         assert 0 < low <= middle <= high and row["rounds"] == "1" and row["clock"] == "processor"
     assert "| published |" in capsys.readouterr().out
+
+
+def test_going_the_wrong_way_is_told_of_the_mean_over_seeds_between_any_two_lambdas():
+    sa, ra = [(0.9, 0.7), (0.8, 0.84), (0.7, 0.81)], [(0.1, 0.3), (0.4, 0.2), (0.2, 0.26)]
+    curves = [
+        [{"lam": lam, "sa": s[seed], "ra": r[seed]} for lam, s, r in zip((0.0, 0.5, 1.0), sa, ra, strict=True)][::-1]
+        for seed in (0, 1)
+    ]
+    # Means: SA 0.8, 0.82, 0.755; RA 0.2, 0.3, 0.23.
+    assert recipe.wrong_way(curves) == (2.0, 7.0)
+    assert recipe.wrong_way([[{"lam": 0.0, "sa": 0.9, "ra": 0.1}, {"lam": 1.0, "sa": 0.8, "ra": 0.3}]]) == (0.0, 0.0)

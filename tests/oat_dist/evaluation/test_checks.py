@@ -57,8 +57,10 @@ def test_masked_gradients_are_flagged_twice(images):
     assert share >= (code == 2).double().mean() > 0.1
 
 
-@pytest.mark.parametrize(("found", "broken", "is_flagged"),
-                         [(3, 30, False), (3, 0, True), (12, 30, True), (1, 0, False), (2, 6, True), (2, 9, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("found", "broken", "is_flagged"),
+    [(3, 30, False), (3, 0, True), (12, 30, True), (1, 0, False), (2, 6, True), (2, 9, False)],
+)
 def test_a_search_is_held_against_what_gradients_broke_before(found, broken, is_flagged):
     # 64 images: 4 wrong without an attack, `broken` by gradients, the others robust; 32 of these were searched.
     code_M = torch.full((64,), loop.ROBUST, dtype=torch.int8)
