@@ -75,6 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     networks = {
         "100 GiB/s per GPU": replace(GPU, bandwidth=100 * _GIB),
+        "100 GiB/s, no overlap": replace(GPU, bandwidth=100 * _GIB, overlap=0.0),
         "10 GiB/s per GPU": GPU,
         "10 GiB/s, no overlap": replace(GPU, overlap=0.0),
         "1 GiB/s per GPU": replace(GPU, bandwidth=_GIB),

@@ -45,11 +45,8 @@ def deepspeed_config(config: Config, ranks: int) -> dict:
         "gradient_accumulation_steps": config.engine.accumulation * widths_per_step(config.model),
         "gradient_clipping": config.optim.clip_norm,
         "zero_allow_untested_optimizer": True,
-        # ZeRO-0 overlaps reduction with backward only when told to.
-        "zero_optimization": {
-            "stage": config.engine.zero_stage,
-            "overlap_comm": overlaps,
-        },
+        # Without ZeRO, DeepSpeed reduces all gradients after the last backward, whatever it is told of overlapping.
+        "zero_optimization": {"stage": config.engine.zero_stage, "overlap_comm": overlaps},
         "torch_autocast": {"enabled": config.engine.precision == "bf16", "dtype": "bfloat16"},
         "steps_per_print": 10**9,
         # Its stopwatch waits for the device in every forward pass of the network, those of the attack among them.

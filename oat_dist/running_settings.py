@@ -19,7 +19,8 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2] = 0
     """DeepSpeed ZeRO: 1 shards optimiser state over ranks, 2 gradients too."""
     overlap_comm: bool | None = None
-    """Reduce gradients while the backward pass goes on; default: on GPUs."""
+    """With ZeRO 1 and 2, reduce gradients while the backward pass goes on; default: on GPUs. Without ZeRO they are
+    reduced after it."""
     cuda_graph: bool = True
     """Run the attack as one recorded CUDA graph where it can be: on a GPU, with shapes that stay the same. Values are
     the same either way."""
