@@ -20,6 +20,7 @@ from torch import Tensor
 
 from oat_dist.attacks import evaluation_mode
 from oat_dist.data import Batch
+from oat_dist.determinism import changing_shapes
 from oat_dist.distributed import World
 from oat_dist.evaluation import autoattack, iterated
 from oat_dist.evaluation.ball import Ball
@@ -170,6 +171,8 @@ def run_plan(
     mine = tasks[world.rank :: world.ranks]
     total = len(mine) * (1 + len(plan.attack.parts))
     with contextlib.ExitStack() as stack:
+        # Images that are broken leave, so batches shrink.
+        stack.enter_context(changing_shapes())
         if folder is not None:
             name = world.on_main(lambda: evaluation_fingerprint(network, [plan.to_dict(), sizes, about]))
             finished = world.on_main(lambda: finished_units(folder, name))

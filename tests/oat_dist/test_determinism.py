@@ -5,7 +5,9 @@ import os
 import pytest
 import torch
 
-from oat_dist.determinism import choose_algorithms
+from oat_dist.determinism import changing_shapes, choose_algorithms
+from oat_dist.evaluation import EvaluationAttack, Plan, loop, run_plan
+from tests.oat_dist.evaluation.networks import Linear, linear_images
 
 
 @pytest.fixture
@@ -31,3 +33,19 @@ def test_on_a_cpu_nothing_changes(switches):
     choose_algorithms(torch.device("cpu"), deterministic=True)
     assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+def test_nothing_is_tried_while_an_evaluation_shrinks_its_batches_and_the_choice_comes_back(switches, monkeypatch):
+    choose_algorithms(torch.device("cuda"), deterministic=False)
+    network, seen, surfaces = Linear(4), [], loop.Surfaces
+
+    def looking(*args, **kwargs):
+        seen.append(torch.backends.cudnn.benchmark)
+        return surfaces(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "Surfaces", looking)
+    run_plan(network, [linear_images(network, 8)], Plan(lambdas=(0.3,), attack=EvaluationAttack(eps=0.05, steps=2)))
+    assert seen and not any(seen) and torch.backends.cudnn.benchmark
+    with pytest.raises(RuntimeError), changing_shapes():
+        raise RuntimeError
+    assert torch.backends.cudnn.benchmark
