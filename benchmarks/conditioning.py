@@ -1,13 +1,14 @@
 """Ways of telling a network about lambda, on one recipe: frontier score, parameters and images per second in one table.
 
-    python benchmarks/conditioning.py [--seeds 0 1 2] [--rows mlp,dual table,dual float,dual] [--docs]
-    python benchmarks/conditioning.py --config launch/configs/cifar10_8k_wrn10_2.yaml [--section.field=value ...]
+    python benchmarks/conditioning.py [--seeds 0 1 2] [--rows mlp,dual table,dual float,dual] [--split val]
+    python benchmarks/conditioning.py --config launch/configs/cifar10_8k_wrn10_2.yaml [--docs] [--key=value ...]
 
 A row is conditioning.film and conditioning.norm, or "float" (weight noise, lambda 0 or 1 in training, clean images with
-lambda = 1 left out) and the norm. Its score is that of the curve at evaluation.lambdas on test, in the frame of the
-dedicated networks of both ends (`oat_dist.frontier`), all of the same recipe; mean and deviation over seeds. "none,
-single" knows nothing of lambda: what it scores is what one point scores. A run that is there already is not trained
-again, so the same command goes on. Writes benchmarks/results/conditioning_<name of the configuration>.csv.
+lambda = 1 left out) and the norm. Its score is that of the curve at evaluation.lambdas on a split, in the frame of the
+dedicated networks of both ends (`oat_dist.frontier`), first seed, same recipe; mean and deviation over seeds. "none,
+single" knows nothing of lambda: what it scores is what one point scores. Rows are chosen on validation; --split test
+measures the same runs on test. A run that is there already is not trained again, so the same command goes on. Writes
+benchmarks/results/conditioning_<name of the configuration>_<split>.csv.
 """
 
 import argparse
@@ -17,16 +18,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from table import RESULTS, describe, environment, markdown, put_into_docs, save
-from trained import dedicated_points, images_per_s, num_parameters, points_of, trained
+from trained import dedicated_points, images_per_s, num_parameters, trained
 
 from oat_dist.config import Config
 from oat_dist.config_io import load_config
 from oat_dist.data import PreparedData
-from oat_dist.dedicated import dedicated_config
+from oat_dist.dedicated import dedicated_config, measure_run
 from oat_dist.distributed import World
 from oat_dist.engine import init_world
 from oat_dist.errors import UserError
-from oat_dist.frontier import Frame, dedicated_frame, frontier_score, mean_points, monotonicity
+from oat_dist.evaluation import EvaluationAttack
+from oat_dist.frontier import Frame, dedicated_frame, frontier_score, monotonicity
 from oat_dist.trainer import open_data
 
 FILMS = ("mlp", "shared", "table", "none")
@@ -50,31 +52,29 @@ def settings_of(row: str) -> dict[str, Any]:
 class Ablation:
     """Runs of one recipe with several seeds."""
 
-    def __init__(self, argv: Sequence[str], seeds: Sequence[int], world: World) -> None:
+    def __init__(self, argv: Sequence[str], seeds: Sequence[int], split: str, world: World) -> None:
         """Train the dedicated networks of both ends where they are missing.
 
         Args:
             argv: Arguments of `load_config`.
             seeds: Seeds of every row.
+            split: Split that is measured.
             world: This process.
         """
-        self.argv, self.seeds, self.world = list(argv), seeds, world
+        self.argv, self.seeds, self.split, self.world = list(argv), seeds, split, world
         self.base = load_config(self.argv)
         self.data: PreparedData = open_data(self.base)
-        curves = [
-            dedicated_points(load_config(self.argv, {"seed": seed}), (0.0, 1.0), self.data, world) for seed in seeds
-        ]
-        self.frame: Frame = dedicated_frame(mean_points(curves))
+        first = load_config(self.argv, {"seed": seeds[0]})
+        self.frame: Frame = dedicated_frame(dedicated_points(first, (0.0, 1.0), self.data, world, split))
 
     def row(self, row: str) -> dict[str, object]:
         """Train and measure what a row stands for, or read what was measured."""
         told, norm = row.split(",")
-        name = f"{self.base.name}-{told}-{norm}"
-        configs: list[Config] = [
-            load_config(self.argv, {"name": name, "seed": seed, **settings_of(row)}) for seed in self.seeds
-        ]
+        own = {"name": f"{self.base.name}-{told}-{norm}", "evaluation.split": "val", **settings_of(row)}
+        configs: list[Config] = [load_config(self.argv, {"seed": seed, **own}) for seed in self.seeds]
         runs = [trained(config, self.data, self.world) for config in configs]
-        curves = [points_of(run) for run in runs]
+        lambdas, attack = self.base.evaluation.lambdas, EvaluationAttack.of(self.base)
+        curves = [measure_run(run, lambdas, attack, data=self.data, split=self.split, world=self.world) for run in runs]
         scores = [frontier_score(curve, self.frame) for curve in curves]
         shares = [monotonicity(curve) for curve in curves]
         found: dict[str, object] = {"film": "none" if told == "float" else told, "norm": norm}
@@ -107,21 +107,23 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="FILM,NORM")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--split", choices=("val", "test"), default="val")
     parser.add_argument("--docs", action="store_true", help="put the table into docs/reproduction.md")
     args, rest = parser.parse_known_args(argv)
     if not any(argument.startswith("--config") for argument in rest):
         rest = ["--config=launch/configs/digits.yaml", "--data.loader=memory", *rest]
     with init_world(load_config(rest).engine.threads) as world:
-        ablation = Ablation(rest, args.seeds, world)
+        ablation = Ablation(rest, args.seeds, args.split, world)
         rows = [ablation.row(row) for row in args.rows]
         plain = trained(_plain(ablation), ablation.data, world)
-        conditions = {"seeds": " ".join(map(str, args.seeds)), "test_images": ablation.data.counts["test"]}
+        conditions = {"split": args.split, "images": ablation.data.counts[args.split]}
+        conditions |= {"seeds": " ".join(map(str, args.seeds))}
         conditions |= environment(world.device)
     text = report(rows, num_parameters(plain), conditions)
     print(text)
-    save([row | conditions for row in rows], RESULTS / f"conditioning_{ablation.base.name}.csv")
+    save([row | conditions for row in rows], RESULTS / f"conditioning_{ablation.base.name}_{args.split}.csv")
     if args.docs:
-        put_into_docs(f"conditioning {ablation.base.name}", text)
+        put_into_docs(f"conditioning {ablation.base.name}" + (" validation" if args.split == "val" else ""), text)
 
 
 def _plain(ablation: Ablation) -> Config:

@@ -13,9 +13,7 @@ so the same command goes on. Writes benchmarks/results/recipe_<name of the confi
 """
 
 import argparse
-import dataclasses
 import itertools
-import pathlib
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,7 +26,7 @@ from trained import dedicated_points, images_per_s, trained
 from oat_dist.config import Config
 from oat_dist.config_io import load_config
 from oat_dist.data import PreparedData
-from oat_dist.dedicated import find_trained, measure_run
+from oat_dist.dedicated import measure_run
 from oat_dist.distributed import World
 from oat_dist.engine import init_world
 from oat_dist.errors import UserError, require
@@ -94,6 +92,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "film_lr_30": {"optim.film_lr": 30.0},
     # At the same rate, twice as high per image.
     "batch_64": {"optim.batch_size": 64},
+    # The weights' average over as many images as that of batch_64.
+    "batch_32": {"optim.batch_size": 32, "optim.ema_decay": 0.99},
     "kaiming": {"model.init": "kaiming"},
     "silu": {"model.activation": "silu"},
     "decay_weights": {"optim.decay": "weights"},
@@ -150,7 +150,7 @@ class Table:
     def row(self, row: str, settings: Mapping[str, Any]) -> tuple[dict[str, object], list[Right]]:
         """Train and measure what a row stands for, or read what was measured; and which images it got right."""
         configs = self.configs(row, settings)
-        runs = [self._run(config) for config in configs]
+        runs = [trained(config, self.data, self.world) for config in configs]
         lambdas, attack = self.base.evaluation.lambdas, EvaluationAttack.of(self.base)
         where = {"data": self.data, "split": self.split}
         curves = [measure_run(run, lambdas, attack, **where, world=self.world) for run in runs]
@@ -164,11 +164,6 @@ class Table:
         found["images_per_s"] = _mean([images_per_s(run) for run in runs], 1)
         print(found, file=sys.stderr, flush=True)
         return found, [right_images(run, lambdas, attack, **where) for run in runs]
-
-    def _run(self, config: Config) -> pathlib.Path:
-        """A run that was made to be measured on test is the same network."""
-        on_test = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, split="test"))
-        return find_trained(on_test, self.data) or trained(config, self.data, self.world)
 
 
 def longer(base: Config, time_ratio: float | None) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Runs of a benchmark: found again by their fingerprint, trained where they are missing."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
@@ -14,13 +15,16 @@ from oat_dist.trainer import train
 
 
 def trained(config: Config, data: PreparedData, world: World) -> pathlib.Path:
-    """Folder of a finished run of a configuration, in its output_dir."""
-    return find_trained(config, data) or train(config, world)
+    """Folder of a finished run of a configuration, in its output_dir.
 
-
-def points_of(run: pathlib.Path) -> list[dict]:
-    """What a run measured at its end."""
-    return json.loads((run / "frontier.json").read_text())["points"]
+    A run that measures itself on validation sees nothing of test; one that was there and measured itself on test is the
+    same network.
+    """
+    for split in (config.evaluation.split, "test"):
+        measured = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, split=split))
+        if run := find_trained(measured, data):
+            return run
+    return train(config, world)
 
 
 def training_seconds(run: pathlib.Path) -> float:

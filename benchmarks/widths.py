@@ -25,13 +25,15 @@ import torch
 from arrangements import NUM_CLASSES, Setting, draw_batches, random_set
 from measuring import in_turns, ratios, spread, wait_for
 from table import RESULTS, describe, environment, markdown, put_into_docs, save
-from trained import images_per_s, num_parameters, points_of, trained
+from trained import images_per_s, num_parameters, trained
 
 from oat_dist.config import AttackConfig, Config, DataConfig, ModelConfig, OptimConfig
 from oat_dist.config_io import load_config
 from oat_dist.cost import width_costs
+from oat_dist.dedicated import measure_run
 from oat_dist.distributed import World, default_device
 from oat_dist.engine import init_world
+from oat_dist.evaluation import EvaluationAttack
 from oat_dist.export import cut_config
 from oat_dist.graphed import graph_replay
 from oat_dist.models import build_model
@@ -110,19 +112,23 @@ def accuracy_rows(
     argv: Sequence[str], widths: Sequence[float], seeds: Sequence[int], world: World
 ) -> list[dict[str, object]]:
     """SA and RA of every width, trained together and alone; means over seeds."""
-    named = {"evaluation.lambdas": list(LAMBDAS)}
-    base = load_config(argv, named)
-    data = open_data(base)
-    slim = [load_config(argv, named | {"name": f"{base.name}-oats", "seed": seed, "model.widths": list(widths)})
-            for seed in seeds]  # fmt: skip
+    base = load_config(argv)
+    data, attack = open_data(base), EvaluationAttack.of(base)
+    own = {"name": f"{base.name}-oats", "evaluation.split": "val", "model.widths": list(widths)}
+    slim = [load_config(argv, own | {"seed": seed}) for seed in seeds]
     together = [trained(config, data, world) for config in slim]
     height, width_px, channels = data.image_shape
     costs = {c["width"]: c for c in width_costs(load_run(together[0])[1], (channels, height, width_px))}
     rows = []
     for width in reversed(widths):
         alone = [trained(cut_config(config, width), data, world) for config in slim]
-        for name, runs in (("OATS", together), ("OAT", alone)):
-            points = [p for run in runs for p in points_of(run) if p.get("width", width) == width]
+        # A plain network is all of itself.
+        for name, runs, share in (("OATS", together, width), ("OAT", alone, 1.0)):
+            points = [
+                point
+                for run in runs
+                for point in measure_run(run, LAMBDAS, attack, data=data, split="test", world=world, width=share)
+            ]
             row: dict[str, object] = {"width": width, "training": name}
             for lam in LAMBDAS:
                 for key in ("sa", "ra"):

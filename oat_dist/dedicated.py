@@ -66,8 +66,9 @@ def measure_run(
     data: PreparedData,
     split: str,
     world: World,
+    width: float = 1.0,
 ) -> list[dict]:
-    """Points of the whole network of a finished run; every rank must call. What was measured before is read.
+    """Points of the network of a finished run; every rank must call. What was measured before is read.
 
     Args:
         run: Folder of the run.
@@ -76,12 +77,13 @@ def measure_run(
         data: Data set to measure on.
         split: Split of it.
         world: The ranks that share the images.
+        width: Share of the channels.
 
     Returns:
         One point per lambda, with its confidence intervals.
     """
     config, network = load_run(run)
-    points = world.on_main(lambda: measured_before(run, lambdas, attack, data, split))
+    points = world.on_main(lambda: measured_before(run, lambdas, attack, data, split, width=width))
     if points is not None:
         return points
     name = f"{split}_{attack.name}_{attack.norm}_eps{attack.eps * 255:g}"
@@ -94,7 +96,7 @@ def measure_run(
         batch_size=config.evaluation.batch_size,
         world=world,
         stem=world.on_main(lambda: free_stem(run / "eval", name)),
-        widths=(1.0,),
+        widths=(width,),
         quiet=True,
     )
     return measured["points"]
