@@ -87,6 +87,8 @@ class Config:
         require(self.optim.batch_size >= self.engine.accumulation, "optim.batch_size", self.optim.batch_size, expected)
         ok = not self.loss.distill_widths or len(self.model.widths) > 1
         require(ok, "loss.distill_widths", self.loss.distill_widths, "needs several model.widths")
+        ok = not self.optim.awp_gamma or len(self.model.widths) == 1
+        require(ok, "optim.awp_gamma", self.optim.awp_gamma, "must be 0 with several model.widths")
         ok = self.loss.self_distillation == 0 or self.conditioning.mass_at_zero > 0
         expected = "needs lambda = 0 in training, which is the teacher"
         require(ok, "loss.self_distillation", self.loss.self_distillation, expected)

@@ -122,7 +122,18 @@ class Engine:
         """The training forward of the network, under DeepSpeed's autocast."""
         return self._engine(x, cond, **kwargs)
 
-    def backward_and_step(self, loss_N: Tensor, lr: float, idle: Sequence[nn.Parameter] = ()) -> Tensor | None:
+    def forward_alone(self, x: Tensor, cond: Condition, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+        """The training forward in the same precision, for gradients that DeepSpeed is to know nothing of."""
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.engine.precision == "bf16"):
+            return self._network(x, cond, **kwargs)
+
+    def backward_and_step(
+        self,
+        loss_N: Tensor,
+        lr: float,
+        idle: Sequence[nn.Parameter] = (),
+        before_update: Callable[[], None] = lambda: None,
+    ) -> Tensor | None:
         """Backward of one micro-batch at one width; the optimiser moves after the last ones of a step.
 
         The gradients of all widths are summed, as those of slimmable networks are (Yu et al., ICLR 2019).
@@ -132,6 +143,7 @@ class Engine:
             lr: Learning rate of the step.
             idle: Parameters that the losses do not depend on. DeepSpeed reduces gradients from hooks on parameters, on
                 the last backward of a step alone under ZeRO 1, so that every parameter needs one in every backward.
+            before_update: Called between the last backward of a step and the optimiser.
 
         Returns:
             After the last of a step the norm of its gradient, equal on all ranks, before clipping with ZeRO 1 and 2 and
@@ -145,6 +157,8 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         is_last = self._engine.is_gradient_accumulation_boundary()
+        if is_last:
+            before_update()
         self._engine.step()
         if is_last and self.config.engine.zero_stage:
             norm = self._engine.get_global_grad_norm()

@@ -14,7 +14,7 @@ def build_optimizer(network: nn.Module, cfg: OptimConfig) -> torch.optim.Optimiz
 
     The rate of a group is `learning_rate` times its "lr_factor".
     """
-    decayed = set(_decayed(network) if cfg.decay == "weights" else network.parameters())
+    decayed = set(layer_weights(network) if cfg.decay == "weights" else network.parameters())
     members: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         kind = cfg.weight_decay if parameter in decayed else 0.0, cfg.film_lr if _is_of_film(name) else 1.0
@@ -31,7 +31,7 @@ def build_optimizer(network: nn.Module, cfg: OptimConfig) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, lr=cfg.peak_lr, weight_decay=cfg.weight_decay)
 
 
-def _decayed(network: nn.Module) -> list[nn.Parameter]:
+def layer_weights(network: nn.Module) -> list[nn.Parameter]:
     """Weights of convolutions and linear layers, but not of those that make FiLM's scale and shift."""
     return [
         module.weight
@@ -92,5 +92,9 @@ class AveragedNetwork:
 
 def _averaged(network: nn.Module) -> list[torch.Tensor]:
     """What moves during training: parameters and running statistics."""
-    statistics = [b for name, b in network.named_buffers() if "running_" in name]
-    return [*(p.detach() for p in network.parameters()), *statistics]
+    return [*(p.detach() for p in network.parameters()), *running_statistics(network)]
+
+
+def running_statistics(network: nn.Module) -> list[torch.Tensor]:
+    """Running means and variances of a network's norms."""
+    return [b for name, b in network.named_buffers() if "running_" in name]

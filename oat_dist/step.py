@@ -49,6 +49,8 @@ class StepLosses:
     """Whether each attacked image was."""
     logits: tuple[Tensor, Tensor]
     """Logits of those and of the adversarial images, without a graph: what narrower widths may be taught."""
+    x_adv: Tensor
+    """[A, C, H, W] the adversarial images."""
 
 
 def training_losses(
@@ -64,6 +66,7 @@ def training_losses(
     step: int = 0,
     width: float = 1.0,
     teacher: StepLosses | None = None,
+    x_adv: Tensor | None = None,
     on_attacked: Callable[[], None] = lambda: None,
 ) -> StepLosses:
     """Losses of a micro-batch.
@@ -81,6 +84,7 @@ def training_losses(
             training forward share.
         width: Share of the channels, one of the network's widths; attack and forward go through that subnetwork.
         teacher: What the whole network answered on the same batch, which this width learns in place of the objective.
+        x_adv: [A, C, H, W] adversarial images, where an earlier call has made them.
         on_attacked: Called between attack and training forward.
 
     Returns:
@@ -92,8 +96,9 @@ def training_losses(
     cond = network.condition(lam_N, width=width, noise_key=noise_key)
     attacked = slice(cond.num_zero, None)
     of_attacked = x[attacked], label_N[attacked], batch.index_N[attacked]
-    frozen = network.freeze(cond.attacked(), dtype=attack_dtype(config.engine.precision))
-    x_adv = attack_images(network, frozen, *of_attacked, config=config, epoch=epoch, plan=plan, replay=replay)
+    if x_adv is None:
+        frozen = network.freeze(cond.attacked(), dtype=attack_dtype(config.engine.precision))
+        x_adv = attack_images(network, frozen, *of_attacked, config=config, epoch=epoch, plan=plan, replay=replay)
     clean_M = None if config.loss.clean_at_one else _clean_positions(lam_N, x.device)
     targets = _targets(network, x, label_N, clean_M, cond.num_zero, config=config, width=width, teacher=teacher)
     if targets is not None:
@@ -128,7 +133,7 @@ def training_losses(
     if config.data.extra is not None:
         loss_N = loss_N * _weights(batch, config.data.extra_weight).to(loss_N.device, loss_N.dtype, non_blocking=True)
     labels = clean_label, label_N[attacked]
-    return _counted(loss_N, clean_loss_M, robust_A, labels, (logits[0].detach(), logits[1].detach()))
+    return _counted(loss_N, clean_loss_M, robust_A, labels, (logits[0].detach(), logits[1].detach()), x_adv)
 
 
 def _targets(
@@ -147,8 +152,9 @@ def _targets(
 
 
 def _counted(
-    loss_N: Tensor, clean_loss_M: Tensor, robust_A: Tensor, labels: tuple[Tensor, Tensor], logits: tuple[Tensor, Tensor]
-) -> StepLosses:
+    loss_N: Tensor, clean_loss_M: Tensor, robust_A: Tensor, labels: tuple[Tensor, Tensor],
+    logits: tuple[Tensor, Tensor], x_adv: Tensor,
+) -> StepLosses:  # fmt: skip
     """The losses, with what is counted of them; labels and logits are those of clean and of adversarial images."""
     correct_clean_M, correct_robust_A = (
         answer.argmax(1) == label for answer, label in zip(logits, labels, strict=True)
@@ -167,6 +173,7 @@ def _counted(
         correct_clean_M=correct_clean_M,
         correct_robust_A=correct_robust_A,
         logits=logits,
+        x_adv=x_adv,
     )
 
 

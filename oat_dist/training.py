@@ -13,7 +13,7 @@ from oat_dist.bad_steps import StepHealth
 from oat_dist.checkpoint import Checkpoint, CheckpointStore
 from oat_dist.conditioning import LambdaSampler
 from oat_dist.config import Config, to_dict
-from oat_dist.data import PreparedData, TrainLoader
+from oat_dist.data import Batch, PreparedData, TrainLoader
 from oat_dist.distributed import World
 from oat_dist.divergence import require_finite
 from oat_dist.engine import Engine
@@ -34,6 +34,7 @@ from oat_dist.progress import progress_bar
 from oat_dist.step import training_losses
 from oat_dist.telemetry import Telemetry
 from oat_dist.validation import Validator
+from oat_dist.weight_perturbation import WeightPerturbation
 from oat_dist.weights import load_exactly
 
 AfterEpoch = Callable[[int, ConditionalNetwork], None]
@@ -99,6 +100,7 @@ class Training:
         # Weights first: DeepSpeed takes its own copies of them. Its optimiser state exists only afterwards.
         self.engine = Engine(self.network, config, world)
         self.averaged = AveragedNetwork(self.network, config.optim.ema_decay) if config.optim.ema_decay else None
+        self.perturbation = WeightPerturbation(self.network, config.optim.awp_gamma, world)
         self.store = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep)
         self.idle = {width: tuple(idle_parameters(self.network, width)) for width in config.model.widths}
         self.log = Telemetry(world, config)
@@ -202,17 +204,20 @@ class Training:
         self.health.begin()
         self.log.clock.mark("data")
         step, done, grad_norm = self.step + 1, [], None
-        for batch in micro_batches:
-            lam_N, teacher = sampler.draw(epoch, at, batch.position_N, batch.index_N), None
+        batches = [(batch, sampler.draw(epoch, at, batch.position_N, batch.index_N)) for batch in micro_batches]
+        for (batch, lam_N), x_adv in zip(batches, self._perturb_weights(batches, epoch, at), strict=True):
+            teacher = None
             for width in widths_of_step(self.config.model, self.config.seed, self.step):
                 self.hang.note(f"attack or forward of step {step}")
                 losses = training_losses(
                     self.network, batch, lam_N, config=self.config, epoch=epoch, forward=self.engine.forward,
-                    plan=self.plan, replay=self.replay, step=at, width=width, teacher=teacher,
+                    plan=self.plan, replay=self.replay, step=at, width=width, teacher=teacher, x_adv=x_adv,
                     on_attacked=lambda: self.log.clock.mark("attack"),
                 )  # fmt: skip
                 self.hang.note(f"backward or update of step {step}")
-                grad_norm = self.engine.backward_and_step(losses.loss_N, lr, self.idle[width])
+                grad_norm = self.engine.backward_and_step(
+                    losses.loss_N, lr, self.idle[width], before_update=self.perturbation.restore
+                )
                 self.health.add(step, epoch, batch.index_N, lam_N, losses.loss_N)
                 done.append((width, losses, lam_N))
                 self.log.clock.mark("train")
@@ -228,6 +233,27 @@ class Training:
         self.log.clock.mark("train")
         self.step += 1
         self.hang.note(f"the images after step {self.step}")
+
+    def _perturb_weights(self, batches: list[tuple[Batch, Tensor]], epoch: int, at: int) -> list[Tensor | None]:
+        """Move the weights to where the gradient of this step is taken, if they are to move.
+
+        Returns:
+            The adversarial images that it took, of every micro-batch; or None of each where nothing moves.
+        """
+        cfg, made = self.config.optim, []
+        if not cfg.awp_gamma or self.step < cfg.awp_warmup_share * cfg.epochs * self.loader.steps_per_epoch:
+            return [None] * len(batches)
+        self.hang.note(f"weight perturbation of step {self.step + 1}")
+        with self.perturbation.ascent():
+            for batch, lam_N in batches:
+                losses = training_losses(
+                    self.network, batch, lam_N, config=self.config, epoch=epoch, forward=self.engine.forward_alone,
+                    plan=self.plan, replay=self.replay, step=at, on_attacked=lambda: self.log.clock.mark("attack"),
+                )  # fmt: skip
+                self.perturbation.add(losses.loss_N)
+                made.append(losses.x_adv)
+                self.log.clock.mark("train")
+        return made
 
     @property
     def _is_stopped(self) -> bool:

@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from oat_dist.conditioning import LambdaSampler
 from oat_dist.config import (
@@ -27,14 +28,15 @@ from oat_dist.step import training_losses
 from tests.ranks import run_ranks
 
 STEPS, STEPS_FLOAT64 = 10, 20
+FEW_CHANNELS = {"channels": (8, 8, 16, 32)}
 
 
 def make_config(root, *, batch_size=64, eps_255=76.5, model=None, conditioning=None, **engine) -> Config:
     return Config(
         data=DataConfig(root=root, loader="memory", shift_pixels=1),
-        model=ModelConfig(**model or {}),
+        model=ModelConfig(**FEW_CHANNELS | (model or {})),
         conditioning=ConditioningConfig(**conditioning or {}),
-        attack=AttackConfig(eps_255=eps_255, steps=3),
+        attack=AttackConfig(eps_255=eps_255, steps=2),
         optim=OptimConfig(batch_size=batch_size, lr=0.05, epochs=1),
         engine=EngineConfig(sync_statistics=True, **engine),
     )
@@ -81,9 +83,11 @@ def plain_float64(world, root):
             losses[step] += result.loss_N.sum().detach() / batch_size
             zeros += int((lam_N == 0).sum())
             if number % accumulation == 0:
-                for parameter in network.parameters():
-                    if world.ranks > 1:
-                        dist.all_reduce(parameter.grad)
+                if world.ranks > 1:
+                    gradients = [parameter.grad for parameter in network.parameters()]
+                    total = parameters_to_vector(gradients)
+                    dist.all_reduce(total)
+                    vector_to_parameters(total, gradients)
                 optimizer.step()
                 optimizer.zero_grad()
         results[name] = world.sum(losses), zeros, {k: v for k, v in network.state_dict().items()}

@@ -62,6 +62,7 @@ SETTINGS = {
         "model": {"widths": (0.25, 0.5, 0.75, 1.0), "width_rule": "sandwich", "width_samples": 1, "width_heads": True},
         "distill": True, "zero_stage": 1,
     },
+    "perturbed weights, zero 1": {"optim": {"awp_gamma": 0.01, "awp_warmup_share": 0.3}, "zero_stage": 1},
     "weight noise": {"conditioning": {"kind": "float", "film": "none", "lambdas": (0.0, 1.0)}},
 }  # fmt: skip
 if is_installed():
