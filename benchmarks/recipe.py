@@ -95,6 +95,8 @@ ROWS: dict[str, dict[str, Any]] = {
     # The weights' average over as many images as that of batch_64.
     "batch_32": {"optim.batch_size": 32, "optim.ema_decay": 0.99},
     "kaiming": {"model.init": "kaiming"},
+    "awp": {"optim.awp_gamma": 5e-3, "optim.awp_warmup_share": 0.3},
+    "no_shift": {"data.shift_pixels": 0},
     "silu": {"model.activation": "silu"},
     "decay_weights": {"optim.decay": "weights"},
     "label_smoothing": {"loss.label_smoothing": 0.1},

@@ -13,6 +13,8 @@ Objectives with more to do say so (`oat_dist.losses.Objective`): passes before t
 views in the training forward (3 each), and gradients to images within the loss: one more backward pass of the whole
 training forward and, to be differentiated, two more, so 6 instead of 3.
 
+With optim.awp_gamma the training forward and backward, and the teacher's forward, come twice, less the warm-up's share.
+
 With several widths a step does all this for each of them (of the sandwich rule: for those it chooses, on average), and
 a narrower one counts by its share of the FLOPs of the whole network.
 
@@ -113,8 +115,10 @@ def training_cost(
     early = config.num_early_epochs / config.optim.epochs
     steps = early * attack_plan(config, epoch=0).steps + (1 - early) * attack_plan(config).steps
     attack_units = 2 * steps + sum(objective.attack.preparation)
-    teacher_units = 1 if config.loss.self_distillation else 0
-    training_units = (6 if objective.has_input_gradient else 3) * (clean + attacked * objective.views)
+    # Once to find where the weights go, once there.
+    passes = 2 - config.optim.awp_warmup_share if config.optim.awp_gamma else 1
+    teacher_units = passes if config.loss.self_distillation else 0
+    training_units = passes * (6 if objective.has_input_gradient else 3) * (clean + attacked * objective.views)
     batches = config.optim.epochs * config.steps_per_epoch(num_train_images)
     widths = width_costs(networks[0], (in_channels, *image_size))
     return TrainingCost(

@@ -29,11 +29,11 @@ def test_flops_are_two_per_multiply_add_of_convolutions_and_classifier():
 
 
 def test_forward_units_follow_the_attack_and_the_share_of_lambda_above_zero():
-    def units(steps, lambdas, weights=None):
+    def units(steps, lambdas, weights=None, **optim):
         config = Config(
             attack=AttackConfig(steps=steps),
             conditioning=ConditioningConfig(lambdas=lambdas, weights=weights),
-            optim=OptimConfig(epochs=3, batch_size=100),
+            optim=OptimConfig(epochs=3, batch_size=100, **optim),
         )
         return cost.training_cost(config, in_channels=1, image_size=(8, 8), num_classes=10, num_train_images=250)
 
@@ -43,6 +43,9 @@ def test_forward_units_follow_the_attack_and_the_share_of_lambda_above_zero():
     assert half.images == 3 * 200
     assert half.units == pytest.approx(14.5 * 600) and half.flops == pytest.approx(half.units * half.forward_flops)
     assert units(7, (0.0, 1.0), (1.0, 3.0)).units_per_image == pytest.approx(0.75 * 7 * 2 + 1.75 * 3)
+    # With perturbed weights the training forward and backward come twice, here in three quarters of the run.
+    perturbed = units(10, (0.0, 1.0), awp_gamma=0.01, awp_warmup_share=0.25)
+    assert perturbed.units_per_image == pytest.approx(0.5 * 10 * 2 + 1.5 * 3 * 1.75)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
