@@ -1,14 +1,15 @@
 """Widths trained together (OATS): what a step of all costs beside steps of each alone, and how good they become.
 
     python benchmarks/widths.py cost [--widths 0.5 0.75 1] [--model resnet8] [--batch-size 128] [--rounds 7] [--docs]
-    python benchmarks/widths.py accuracy [--widths 0.5 0.75 1] [--seeds 0 1 2] [--docs] [--config FILE ...]
+    python benchmarks/widths.py accuracy [--widths 0.5 0.75 1] [--seeds 0 1 2] [--lr-together LR] [--docs] [--key=value]
 
 "cost" measures, in turns, an optimiser step of the slimmable network and one of each plainly built network of the same
 channels (random images, attack of 7 steps), on a CPU by the processor's clock. "all_over_sum" is the former over the
 sum of the latter; "all_over_flops" is it over the step of width 1 times the sum of all widths' FLOPs as shares of that
 width's, and should be at most 1.1; it counts against widths too that narrow layers do fewer operations a second.
 "accuracy" trains the slimmable network (OATS) and the plain ones (OAT) on one recipe, by default the digits, and puts
-SA and RA at lambda 0, 0.2 and 1 side by side; runs that are there are not trained again. Both write
+SA and RA at lambda 0, 0.2 and 1 side by side; runs that are there are not trained again. The losses of all widths add
+up, so the slimmable network may want a lower rate than the recipe's: --lr-together. Both write
 benchmarks/results/widths_<part>_<name>.csv.
 """
 
@@ -109,14 +110,15 @@ def cost_rows(
 
 
 def accuracy_rows(
-    argv: Sequence[str], widths: Sequence[float], seeds: Sequence[int], world: World
+    argv: Sequence[str], widths: Sequence[float], seeds: Sequence[int], world: World, lr: float | None = None
 ) -> list[dict[str, object]]:
-    """SA and RA of every width, trained together and alone; means over seeds."""
+    """SA and RA of every width, trained together (at a rate of its own, if given) and alone; means over seeds."""
     base = load_config(argv)
     data, attack = open_data(base), EvaluationAttack.of(base)
     own = {"name": f"{base.name}-oats", "evaluation.split": "val", "model.widths": list(widths)}
     slim = [load_config(argv, own | {"seed": seed}) for seed in seeds]
-    together = [trained(config, data, world) for config in slim]
+    rate = {} if lr is None else {"optim.lr": lr}
+    together = [trained(load_config(argv, own | rate | {"seed": seed}), data, world) for seed in seeds]
     height, width_px, channels = data.image_shape
     costs = {c["width"]: c for c in width_costs(load_run(together[0])[1], (channels, height, width_px))}
     rows = []
@@ -165,6 +167,7 @@ def main(argv: Sequence[str]) -> None:
     add("--size", type=int, default=32, help="cost: side of the images")
     add("--rounds", type=int, default=7, help="cost: timed turns of each, after the warm-up")
     add("--seeds", nargs="+", type=int, default=[0], help="accuracy")
+    add("--lr-together", type=float, help="accuracy: learning rate of the slimmable network; default: the recipe's")
     add("--docs", action="store_true", help="put the table into docs/reproduction.md")
     args, rest = parser.parse_known_args(argv)
     if args.part == "cost":
@@ -179,8 +182,9 @@ def main(argv: Sequence[str]) -> None:
         rest = ["--config=launch/configs/digits.yaml", "--data.loader=memory", *rest]
     config = load_config(rest)
     with init_world(config.engine.threads) as world:
-        rows = accuracy_rows(rest, args.widths, args.seeds, world)
-        conditions = {"seeds": " ".join(map(str, args.seeds))} | environment(world.device)
+        rows = accuracy_rows(rest, args.widths, args.seeds, world, args.lr_together)
+        conditions = {"seeds": " ".join(map(str, args.seeds)), "lr_together": args.lr_together or config.optim.lr}
+        conditions |= environment(world.device)
     _write(rows, conditions, f"widths accuracy {config.name}", docs=args.docs)
 
 
