@@ -6,7 +6,6 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from oat_dist.conditioning import LambdaSampler
 from oat_dist.config import (
@@ -34,9 +33,9 @@ FEW_CHANNELS = {"channels": (8, 8, 16, 32)}
 def make_config(root, *, batch_size=64, eps_255=76.5, model=None, conditioning=None, **engine) -> Config:
     return Config(
         data=DataConfig(root=root, loader="memory", shift_pixels=1),
-        model=ModelConfig(**FEW_CHANNELS | (model or {})),
+        model=ModelConfig(**model or {}),
         conditioning=ConditioningConfig(**conditioning or {}),
-        attack=AttackConfig(eps_255=eps_255, steps=2),
+        attack=AttackConfig(eps_255=eps_255, steps=3),
         optim=OptimConfig(batch_size=batch_size, lr=0.05, epochs=1),
         engine=EngineConfig(sync_statistics=True, **engine),
     )
@@ -71,7 +70,7 @@ def plain_float64(world, root):
     """SGD with gradients summed by torch.distributed; for each case losses, zeros of this rank, final weights."""
     results = {}
     for name, (batch_size, accumulation) in CASES_FLOAT64.items():
-        config = make_config(root, batch_size=batch_size, accumulation=accumulation)
+        config = make_config(root, batch_size=batch_size, accumulation=accumulation, model=FEW_CHANNELS)
         network = build_model(config, in_channels=1, num_classes=10).double()
         optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
         losses, zeros = torch.zeros(STEPS_FLOAT64, dtype=torch.float64), 0
@@ -85,9 +84,10 @@ def plain_float64(world, root):
             if number % accumulation == 0:
                 if world.ranks > 1:
                     gradients = [parameter.grad for parameter in network.parameters()]
-                    total = parameters_to_vector(gradients)
+                    total = torch.cat([gradient.reshape(-1) for gradient in gradients])
                     dist.all_reduce(total)
-                    vector_to_parameters(total, gradients)
+                    for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+                        gradient.copy_(part.view_as(gradient))
                 optimizer.step()
                 optimizer.zero_grad()
         results[name] = world.sum(losses), zeros, {k: v for k, v in network.state_dict().items()}

@@ -26,6 +26,7 @@ def losses(num_clean=5) -> StepLosses:
         loss_N=loss_N, counts={"loss": loss_N.sum()}, num_clean=num_clean,
         correct_clean_M=torch.tensor([True, False, True, True, True])[:num_clean],
         correct_robust_A=torch.tensor([True, True, False]), logits=(torch.zeros(num_clean, 2), torch.zeros(3, 2)),
+        x_adv=torch.zeros(3, 1, 2, 2),
     )  # fmt: skip
 
 
