@@ -97,7 +97,11 @@ def plain_float64(world, root):
 @pytest.fixture(scope="module")
 def float64_results(digits):
     """Number of ranks -> results of every rank; each number of ranks runs once."""
-    return functools.cache(lambda ranks: run_ranks(plain_float64, ranks, str(digits.folder.parent)))
+    root = str(digits.folder.parent)
+    torch.set_num_threads(1)
+    return functools.cache(
+        lambda ranks: [plain_float64(World(), root)] if ranks == 1 else run_ranks(plain_float64, ranks, root)
+    )
 
 
 @pytest.mark.dist
@@ -120,7 +124,7 @@ def test_two_of_four_ranks_never_saw_lambda_zero(float64_results):
     assert zeros == [STEPS_FLOAT64, STEPS_FLOAT64, 0, 0]
 
 
-WIDTHS = {"widths": (0.5, 0.75, 1.0), "width_heads": True}
+WIDTHS = {"widths": (0.5, 1.0), "width_heads": True}
 SANDWICH = {"widths": (0.25, 0.5, 0.75, 1.0), "width_rule": "sandwich", "width_samples": 1}
 FLOAT = {"kind": "float", "film": "none", "lambdas": (0.0, 1.0)}
 ENGINES = {
@@ -141,7 +145,7 @@ ENGINES = {
 # The narrowest of four widths, a network of few channels, turns differences of 4e-8 in the first six losses into 1.1e-3
 # in the tenth, with ZeRO 0 as well.
 SLACK = {"sandwich, zero 2": 1e-2}
-FOR_FOUR = ("zero 0", "zero 1", "zero 2, accumulating, uneven")
+FOR_FOUR = ("zero 0", "zero 2, accumulating, uneven")
 
 
 def through_deepspeed(world, root):
