@@ -30,12 +30,14 @@ STEPS, STEPS_FLOAT64 = 10, 20
 FEW_CHANNELS = {"channels": (8, 8, 16, 32)}
 
 
-def make_config(root, *, batch_size=64, eps_255=76.5, model=None, conditioning=None, **engine) -> Config:
+def make_config(
+    root, *, batch_size=64, eps_255=76.5, attack_steps=3, model=None, conditioning=None, **engine
+) -> Config:
     return Config(
         data=DataConfig(root=root, loader="memory", shift_pixels=1),
         model=ModelConfig(**model or {}),
         conditioning=ConditioningConfig(**conditioning or {}),
-        attack=AttackConfig(eps_255=eps_255, steps=3),
+        attack=AttackConfig(eps_255=eps_255, steps=attack_steps),
         optim=OptimConfig(batch_size=batch_size, lr=0.05, epochs=1),
         engine=EngineConfig(sync_statistics=True, **engine),
     )
@@ -70,7 +72,7 @@ def plain_float64(world, root):
     """SGD with gradients summed by torch.distributed; for each case losses, zeros of this rank, final weights."""
     results = {}
     for name, (batch_size, accumulation) in CASES_FLOAT64.items():
-        config = make_config(root, batch_size=batch_size, accumulation=accumulation, model=FEW_CHANNELS)
+        config = make_config(root, batch_size=batch_size, attack_steps=1, accumulation=accumulation, model=FEW_CHANNELS)
         network = build_model(config, in_channels=1, num_classes=10).double()
         optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
         losses, zeros = torch.zeros(STEPS_FLOAT64, dtype=torch.float64), 0
@@ -127,20 +129,21 @@ def test_two_of_four_ranks_never_saw_lambda_zero(float64_results):
 WIDTHS = {"widths": (0.5, 1.0), "width_heads": True}
 SANDWICH = {"widths": (0.25, 0.5, 0.75, 1.0), "width_rule": "sandwich", "width_samples": 1}
 FLOAT = {"kind": "float", "film": "none", "lambdas": (0.0, 1.0)}
+SMOOTH = {"eps_255": 0.0, "attack_steps": 1}
 ENGINES = {
     "zero 0": {},
     "zero 1": {"zero_stage": 1},
     "zero 2": {"zero_stage": 2},
     # A ball of radius 0: with smaller micro-batches it is chance whether float32 rounding turns the sign of some
     # gradient within ten steps, and then runs drift apart (docs/numerics.md). Float64 above has the whole attack.
-    "accumulating": {"accumulation": 2, "eps_255": 0.0},
-    "zero 2, accumulating, uneven": {"zero_stage": 2, "accumulation": 2, "batch_size": 27, "eps_255": 0.0},
+    "accumulating": {"accumulation": 2, **SMOOTH},
+    "zero 2, accumulating, uneven": {"zero_stage": 2, "accumulation": 2, "batch_size": 27, **SMOOTH},
     "bf16": {"precision": "bf16"},
-    "widths": {"model": WIDTHS, "eps_255": 0.0},
-    "widths, zero 1": {"model": WIDTHS, "zero_stage": 1, "eps_255": 0.0},
-    "widths, zero 2, accumulating": {"model": WIDTHS, "zero_stage": 2, "accumulation": 2, "eps_255": 0.0},
-    "sandwich, zero 2": {"model": SANDWICH, "zero_stage": 2, "eps_255": 0.0},
-    "weight noise, zero 1": {"conditioning": FLOAT, "zero_stage": 1, "eps_255": 0.0},
+    "widths": {"model": WIDTHS, **SMOOTH},
+    "widths, zero 1": {"model": WIDTHS, "zero_stage": 1, **SMOOTH},
+    "widths, zero 2, accumulating": {"model": WIDTHS, "zero_stage": 2, "accumulation": 2, **SMOOTH},
+    "sandwich, zero 2": {"model": SANDWICH, "zero_stage": 2, **SMOOTH},
+    "weight noise, zero 1": {"conditioning": FLOAT, "zero_stage": 1, **SMOOTH},
 }
 # The narrowest of four widths, a network of few channels, turns differences of 4e-8 in the first six losses into 1.1e-3
 # in the tenth, with ZeRO 0 as well.
