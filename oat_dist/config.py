@@ -89,6 +89,9 @@ class Config:
         require(ok, "loss.distill_widths", self.loss.distill_widths, "needs several model.widths")
         ok = not self.optim.awp_gamma or len(self.model.widths) == 1
         require(ok, "optim.awp_gamma", self.optim.awp_gamma, "must be 0 with several model.widths")
+        ok = self.optim.optimizer != "muon" or self.engine.zero_stage == 0
+        expected = "must be 0 with optim.optimizer=muon, which needs whole matrices on every rank"
+        require(ok, "engine.zero_stage", self.engine.zero_stage, expected)
         ok = self.loss.self_distillation == 0 or self.conditioning.mass_at_zero > 0
         expected = "needs lambda = 0 in training, which is the teacher"
         require(ok, "loss.self_distillation", self.loss.self_distillation, expected)

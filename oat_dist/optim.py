@@ -7,23 +7,29 @@ import torch
 from torch import nn
 
 from oat_dist.config import OptimConfig
+from oat_dist.muon import Muon
 
 
 def build_optimizer(network: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
-    """SGD with momentum or AdamW, its parameters in groups of equal weight decay and learning rate.
+    """The configured optimiser, its parameters in groups of equal weight decay and learning rate.
 
     The rate of a group is `learning_rate` times its "lr_factor".
     """
     decayed = set(layer_weights(network) if cfg.decay == "weights" else network.parameters())
-    members: dict[tuple[float, float], list[nn.Parameter]] = {}
+    of_muon = {p for p in layer_weights(network) if p.dim() == 4} if cfg.optimizer == "muon" else set()
+    members: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
-        kind = cfg.weight_decay if parameter in decayed else 0.0, cfg.film_lr if _is_of_film(name) else 1.0
+        factor = cfg.film_lr if _is_of_film(name) else 1.0
+        factor = cfg.muon_lr / cfg.lr if parameter in of_muon else factor
+        kind = cfg.weight_decay if parameter in decayed else 0.0, factor, parameter in of_muon
         members.setdefault(kind, []).append(parameter)
     # Decayed ones first, each kind in the order of the network.
     groups = [
-        {"params": members[decay, factor], "weight_decay": decay, "lr_factor": factor}
-        for decay, factor in sorted(members, reverse=True)
+        {"params": members[kind], "weight_decay": kind[0], "lr_factor": kind[1], "orthogonal": kind[2]}
+        for kind in sorted(members, reverse=True)
     ]
+    if cfg.optimizer == "muon":
+        return Muon(groups, lr=cfg.peak_lr, momentum=cfg.momentum, nesterov=cfg.nesterov)
     if cfg.optimizer == "sgd":
         return torch.optim.SGD(
             groups, lr=cfg.peak_lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, nesterov=cfg.nesterov

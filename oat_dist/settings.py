@@ -143,8 +143,9 @@ class LossConfig:
 class OptimConfig:
     """Optimiser, schedule and averaging."""
 
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """`sgd` has momentum; `adamw` is Adam with decoupled weight decay."""
+    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
+    """`sgd` has momentum; `adamw` is Adam with decoupled weight decay; `muon` makes the steps of convolutions
+    orthogonal (`oat_dist.muon`) and is sgd for all else."""
     lr: float = 0.1
     """Peak learning rate (paper, section 4.1: 0.1)."""
     lr_batch_size: int | None = None
@@ -153,8 +154,10 @@ class OptimConfig:
     film_lr: float = 1.0
     """Learning rate of what makes FiLM's scales and shifts, as a multiple of that of all else. A lambda moves its own
     by its share of the images alone."""
+    muon_lr: float = 0.05
+    """Peak learning rate of the convolutions under muon, which goes by the schedule of `lr`."""
     momentum: float = 0.9
-    """Momentum of sgd."""
+    """Momentum of sgd and muon."""
     nesterov: bool = True
     """Nesterov momentum in sgd."""
     weight_decay: float = 5e-4
@@ -187,6 +190,9 @@ class OptimConfig:
         ok = self.lr_batch_size is None or self.lr_batch_size >= 1
         require(ok, "optim.lr_batch_size", self.lr_batch_size, "must be at least 1")
         require(0 < self.film_lr < math.inf, "optim.film_lr", self.film_lr, "must be positive and finite")
+        require(0 < self.muon_lr < math.inf, "optim.muon_lr", self.muon_lr, "must be positive and finite")
+        expected = "needs optim.optimizer=muon; nothing else goes by it"
+        require(self.optimizer == "muon" or self.muon_lr == 0.05, "optim.muon_lr", self.muon_lr, expected)
         require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "must lie in [0, 1)")
         expected = "Nesterov momentum needs optim.momentum > 0"
         require(not self.nesterov or self.momentum > 0, "optim.nesterov", self.nesterov, expected)

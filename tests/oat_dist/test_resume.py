@@ -55,6 +55,7 @@ SETTINGS = {
     "bf16": {"precision": "bf16"},
     "adamw, extra images": {"optim": {"optimizer": "adamw", "nesterov": False}, "extra": "small", "robust": "rst_adv"},
     "adamw, zero 1": {"optim": {"optimizer": "adamw", "nesterov": False, "decay": "weights"}, "zero_stage": 1},
+    "muon, accumulating": {"optim": {"optimizer": "muon"}, "accumulation": 2},
     "no momentum, zero 2": {"optim": {"momentum": 0.0, "nesterov": False}, "zero_stage": 2},
     "choosing by validation": {"validate": 1},
     "fewer attack steps in two epochs": {"attack": {"steps": 2, "early_steps": 1, "early_share": 0.7}},
