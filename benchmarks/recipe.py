@@ -63,6 +63,7 @@ PUBLISHED = {
     "optim.lr": 0.1,
     "optim.lr_batch_size": None,
     "optim.film_lr": 1.0,
+    "optim.muon_lr": 0.05,
     "optim.momentum": 0.9,
     "optim.nesterov": False,
     "optim.weight_decay": 5e-4,
@@ -79,6 +80,8 @@ PGD-AT's."""
 ROWS: dict[str, dict[str, Any]] = {
     "default": {},
     "published": PUBLISHED,
+    "sgd": {"optim.optimizer": "sgd"},
+    "muon_lr_0.1": {"optim.muon_lr": 0.1},
     "no_ema": {"optim.ema_decay": 0.0},
     "paper_start": {"conditioning.film": "mlp", "conditioning.film_start": "paper"},
     "equal_weights": {"conditioning.weights": None},
