@@ -97,6 +97,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "batch_64": {"optim.batch_size": 64},
     # The weights' average over as many images as that of batch_64.
     "batch_32": {"optim.batch_size": 32, "optim.ema_decay": 0.99},
+    # The weights' average over as many images as that of the default.
+    "mlp_batch_64": {"conditioning.film": "mlp", "optim.batch_size": 64, "optim.ema_decay": 0.99},
     "kaiming": {"model.init": "kaiming"},
     "awp": {"optim.awp_gamma": 5e-3, "optim.awp_warmup_share": 0.3},
     "no_shift": {"data.shift_pixels": 0},
