@@ -192,7 +192,8 @@ class OptimConfig:
         require(0 < self.film_lr < math.inf, "optim.film_lr", self.film_lr, "must be positive and finite")
         require(0 < self.muon_lr < math.inf, "optim.muon_lr", self.muon_lr, "must be positive and finite")
         expected = "needs optim.optimizer=muon; nothing else goes by it"
-        require(self.optimizer == "muon" or self.muon_lr == OptimConfig.muon_lr, "optim.muon_lr", self.muon_lr, expected)
+        ok = self.optimizer == "muon" or self.muon_lr == OptimConfig.muon_lr
+        require(ok, "optim.muon_lr", self.muon_lr, expected)
         require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "must lie in [0, 1)")
         expected = "Nesterov momentum needs optim.momentum > 0"
         require(not self.nesterov or self.momentum > 0, "optim.nesterov", self.nesterov, expected)
