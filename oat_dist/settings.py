@@ -155,7 +155,7 @@ class OptimConfig:
     """Learning rate of what makes FiLM's scales and shifts, as a multiple of that of all else. A lambda moves its own
     by its share of the images alone."""
     muon_lr: float = 0.05
-    """Peak learning rate of the convolutions under muon, which goes by the schedule of `lr`."""
+    """Peak learning rate of the convolutions under muon; schedule and scaling with the batch are those of `lr`."""
     momentum: float = 0.9
     """Momentum of sgd and muon."""
     nesterov: bool = True
