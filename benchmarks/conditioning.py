@@ -8,19 +8,21 @@ lambda = 1 left out) and the norm. Its score is that of the curve at evaluation.
 dedicated networks of both ends (`oat_dist.frontier`), first seed, same recipe; mean and deviation over seeds. "none,
 single" knows nothing of lambda: what it scores is what one point scores. Rows are chosen on validation; --split test
 measures the same runs on test. A run that is there already is not trained again, so the same command goes on. Writes
-benchmarks/results/conditioning_<name of the configuration>_<split>.csv.
+benchmarks/results/conditioning_<name of the configuration>_<split>.csv; rows in it that are not asked for stay, if they
+were measured on the same recipe, seeds, images and machine class.
 """
 
 import argparse
+import pathlib
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from table import RESULTS, describe, environment, markdown, put_into_docs, save
+from table import RESULTS, describe, environment, kept, markdown, put_into_docs, save
 from trained import dedicated_points, images_per_s, num_parameters, trained
 
-from oat_dist.config import Config
+from oat_dist.config import Config, fingerprint
 from oat_dist.config_io import load_config
 from oat_dist.data import PreparedData
 from oat_dist.dedicated import dedicated_config, measure_run
@@ -90,15 +92,33 @@ class Ablation:
         return found
 
 
-def report(rows: Sequence[Mapping[str, object]], plain: int, conditions: Mapping[str, object]) -> str:
-    """The table and its conditions.
+def together(
+    rows: Sequence[Mapping[str, object]], conditions: Mapping[str, object], path: pathlib.Path
+) -> list[dict[str, object]]:
+    """Rows measured now with those that stand in a file, in the order of `ROWS`.
 
     Args:
         rows: From `Ablation.row`.
-        plain: Parameters of the network without conditioning.
-        conditions: Where, with what, which seeds.
+        conditions: Where, with what, which recipe and seeds; old rows that differ in any but the commit go.
+        path: The file; there need not be one.
     """
-    shown = [{**row, "over_plain_percent": round(100 * (row["parameters"] / plain - 1), 1)} for row in rows]
+    named = {_name(row): row | conditions for row in rows}
+    same = [name for name in conditions if name not in ("commit", "dirty")]
+    old = {_name(row): row for row in kept(path, list(named.values()), same)}
+    return [dict(row) for name in ROWS if (row := named.get(name) or old.get(name))]
+
+
+def report(rows: Sequence[Mapping[str, object]], plain: int) -> str:
+    """The table and its conditions.
+
+    Args:
+        rows: From `together`.
+        plain: Parameters of the network without conditioning.
+    """
+    last = list(rows[0]).index("images_per_s") + 1
+    shown = [dict(list(row.items())[:last]) for row in rows]
+    shown = [{**row, "over_plain_percent": round(100 * (row["parameters"] / plain - 1), 1)} for row in shown]
+    conditions = {name: " ".join(dict.fromkeys(str(row[name]) for row in rows)) for name in list(rows[0])[last:]}
     return f"{markdown(shown)}\n\n{describe(conditions)}"
 
 
@@ -117,13 +137,19 @@ def main(argv: Sequence[str]) -> None:
         rows = [ablation.row(row) for row in args.rows]
         plain = trained(_plain(ablation), ablation.data, world)
         conditions = {"split": args.split, "images": ablation.data.counts[args.split]}
-        conditions |= {"seeds": " ".join(map(str, args.seeds))}
+        conditions |= {"seeds": " ".join(map(str, args.seeds)), "recipe": fingerprint(ablation.base)}
         conditions |= environment(world.device)
-    text = report(rows, num_parameters(plain), conditions)
+    path = RESULTS / f"conditioning_{ablation.base.name}_{args.split}.csv"
+    rows = together(rows, conditions, path)
+    text = report(rows, num_parameters(plain))
     print(text)
-    save([row | conditions for row in rows], RESULTS / f"conditioning_{ablation.base.name}_{args.split}.csv")
+    save(rows, path)
     if args.docs:
         put_into_docs(f"conditioning {ablation.base.name}" + (" validation" if args.split == "val" else ""), text)
+
+
+def _name(row: Mapping[str, object]) -> str:
+    return f"{'float' if row['kind'] == 'float' else row['film']},{row['norm']}"
 
 
 def _plain(ablation: Ablation) -> Config:

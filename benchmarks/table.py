@@ -28,6 +28,25 @@ def save(rows: Sequence[Mapping[str, object]], path: pathlib.Path) -> None:
     print(path)
 
 
+def kept(path: pathlib.Path, new: Sequence[Mapping[str, object]], same: Sequence[str]) -> list[dict[str, object]]:
+    """Rows that an earlier command wrote and that go on beside new ones: a table can grow row by row.
+
+    Args:
+        path: A file of `save`; there need not be one.
+        new: Rows that were measured now.
+        same: Columns in which an old row must agree with the new ones.
+
+    Returns:
+        The old rows, numbers as numbers and empty cells as None; rows without one of the columns `same` are left out.
+    """
+    if not path.is_file():
+        return []
+    with path.open(newline="") as stream:
+        rows = [{name: _parsed(cell) for name, cell in row.items()} for row in csv.DictReader(stream)]
+    wanted = [_parsed(_text(new[0][name])) for name in same]
+    return [row for row in rows if [row.get(name) for name in same] == wanted]
+
+
 def cpu_bf16_instructions() -> str:
     """The processor's bfloat16 instruction sets, "none", or "unknown" where the system does not say."""
     try:
@@ -90,10 +109,26 @@ def put_into_docs(name: str, text: str, path: pathlib.Path = DOCS) -> None:
     print(path)
 
 
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _parsed(cell: str) -> object:
+    for kind in (int, float):
+        try:
+            number = kind(cell)
+        except ValueError:
+            continue
+        # Not the commit 12e4567.
+        if str(number) == cell:
+            return number
+    return cell or None
+
+
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return "" if value is None else str(value)
+    return _text(value)
 
 
 def _processor() -> str:

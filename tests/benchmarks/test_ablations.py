@@ -2,6 +2,7 @@
 
 import conditioning
 import pytest
+import table
 import torch
 import widths
 
@@ -20,10 +21,32 @@ def test_every_row_of_the_ablation_is_a_run_of_its_own_that_can_be_built():
         build_model(config, in_channels=1, num_classes=10).condition(torch.zeros(1))
 
 
+def _row(film, norm, kind="film", **columns):
+    return {"film": film, "norm": norm, "kind": kind, "parameters": 105, "images_per_s": 1.5} | columns
+
+
 def test_a_table_says_what_conditioning_adds():
-    rows = [{"film": "table", "norm": "dual", "parameters": 105}, {"film": "none", "norm": "single", "parameters": 100}]
-    text = conditioning.report(rows, 100, {"seeds": "0"})
-    assert "| table | dual | 105 | 5 |" in text and text.endswith("seeds 0")
+    rows = [
+        _row("table", "dual", seeds="0", commit="a"),
+        _row("none", "single", seeds="0", commit="b") | {"parameters": 100},
+    ]
+    text = conditioning.report(rows, 100)
+    assert "| table | dual | film | 105 | 1.5 | 5 |" in text and text.endswith("\n\nseeds 0, commit a b")
+
+
+def test_rows_measured_before_stay_in_the_table_unless_measured_again_or_otherwise(tmp_path):
+    path = tmp_path / "rows.csv"
+    conditions = {"seeds": "0", "images": 500, "commit": "12e4567", "dirty": "no"}
+    old = [_row("mlp", "dual", score=0.5), _row("none", "dual", "float", score=0.4)]
+    table.save([row | conditions for row in old], path)
+    now = conditions | {"commit": "new"}
+    rows = conditioning.together([_row("table", "dual", score=0.7), _row("mlp", "dual", score=0.6)], now, path)
+    assert [(row["film"], row["score"], row["commit"]) for row in rows] == [
+        ("mlp", 0.6, "new"), ("table", 0.7, "new"), ("none", 0.4, "12e4567"),
+    ]  # fmt: skip
+    for other in ({"images": 501}, {"seeds": "0 1"}, {"recipe": "x"}):
+        assert len(conditioning.together([_row("table", "dual", score=0.7)], now | other, path)) == 1, other
+    assert len(conditioning.together([_row("table", "dual", score=0.7)], now, tmp_path / "none.csv")) == 1
 
 
 def test_a_step_of_all_widths_is_measured_beside_steps_of_each_alone():
