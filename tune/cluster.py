@@ -163,18 +163,12 @@ def run_jobs(
         tuner = tune.Tuner.restore(str(tuner_folder), trainable=trainable)
     else:
         suggests = callable(jobs)
-        metrics = ["ratio"] if cfg.objective == "ratio" else ["sa_mean", "ra_mean"]
-        search_alg = None
-        if suggests:
-            one = len(metrics) == 1
-            search_alg = OptunaSearch(space=jobs, metric=metrics[0] if one else metrics,
-                                      mode="max" if one else ["max", "max"], sampler=sampler)  # fmt: skip
         tuner = tune.Tuner(
             trainable,
             param_space={} if suggests else {"job": tune.grid_search(list(jobs))},
             tune_config=tune.TuneConfig(
                 num_samples=cfg.trials if suggests else 1,
-                search_alg=search_alg,
+                search_alg=_suggestions(jobs, cfg, sampler) if suggests else None,
                 scheduler=scheduler if stops else None,
                 max_concurrent_trials=slots.concurrent,
                 reuse_actors=one_process,
@@ -186,6 +180,13 @@ def run_jobs(
             ),
         )  # fmt: skip
     return [_outcome(result, base) for result in tuner.fit()]
+
+
+def _suggestions(space: Callable, cfg: SearchConfig, sampler: Any) -> OptunaSearch:
+    """Optuna in the place of a list of jobs, for the one number or the two that the search is to raise."""
+    if cfg.objective == "ratio":
+        return OptunaSearch(space=space, metric="ratio", mode="max", sampler=sampler)
+    return OptunaSearch(space=space, metric=["sa_mean", "ra_mean"], mode=["max", "max"], sampler=sampler)
 
 
 def _trial_id(trial: Any) -> str:
