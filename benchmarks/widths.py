@@ -1,16 +1,16 @@
 """Widths trained together (OATS): what a step of all costs beside steps of each alone, and how good they become.
 
     python benchmarks/widths.py cost [--widths 0.5 0.75 1] [--model resnet8] [--batch-size 128] [--rounds 7] [--docs]
-    python benchmarks/widths.py accuracy [--widths 0.5 0.75 1] [--seeds 0 1 2] [--lr-together LR] [--docs] [--key=value]
+    python benchmarks/widths.py accuracy [--widths 0.5 0.75 1] [--alone 1] [--seeds 0 1 2] [--lr-together LR] [--docs]
 
 "cost" measures, in turns, an optimiser step of the slimmable network and one of each plainly built network of the same
 channels (random images, attack of 7 steps), on a CPU by the processor's clock. "all_over_sum" is the former over the
 sum of the latter; "all_over_flops" is it over the step of width 1 times the sum of all widths' FLOPs as shares of that
 width's, and should be at most 1.1; it counts against widths too that narrow layers do fewer operations a second.
 "accuracy" trains the slimmable network (OATS) and the plain ones (OAT) on one recipe, by default the digits, and puts
-SA and RA at lambda 0, 0.2 and 1 side by side; runs that are there are not trained again. The losses of all widths add
-up, so the slimmable network may want a lower rate than the recipe's: --lr-together. Both write
-benchmarks/results/widths_<part>_<name>.csv.
+SA and RA at lambda 0, 0.2 and 1 side by side; --key=value changes the recipe, --alone leaves plain ones of other widths
+out, and runs that are there are not trained again. The losses of all widths add up, so with SGD the slimmable network
+may want a lower rate than the recipe's: --lr-together. Both write benchmarks/results/widths_<part>_<name>.csv.
 """
 
 import argparse
@@ -110,8 +110,9 @@ def cost_rows(
 
 
 def accuracy_rows(
-    argv: Sequence[str], widths: Sequence[float], seeds: Sequence[int], world: World, lr: float | None = None
-) -> list[dict[str, object]]:
+    argv: Sequence[str], widths: Sequence[float], seeds: Sequence[int], world: World, *,
+    lr: float | None = None, alone: Sequence[float],
+) -> list[dict[str, object]]:  # fmt: skip
     """SA and RA of every width, trained together (at a rate of its own, if given) and alone; means over seeds."""
     base = load_config(argv)
     data, attack = open_data(base), EvaluationAttack.of(base)
@@ -123,9 +124,9 @@ def accuracy_rows(
     costs = {c["width"]: c for c in width_costs(load_run(together[0])[1], (channels, height, width_px))}
     rows = []
     for width in reversed(widths):
-        alone = [trained(cut_config(config, width), data, world) for config in slim]
+        plain = [trained(cut_config(config, width), data, world) for config in slim] if width in alone else []
         # A plain network is all of itself.
-        for name, runs, share in (("OATS", together, width), ("OAT", alone, 1.0)):
+        for name, runs, share in (("OATS", together, width), ("OAT", plain, 1.0))[: 2 if plain else 1]:
             points = [
                 point
                 for run in runs
@@ -167,6 +168,7 @@ def main(argv: Sequence[str]) -> None:
     add("--size", type=int, default=32, help="cost: side of the images")
     add("--rounds", type=int, default=7, help="cost: timed turns of each, after the warm-up")
     add("--seeds", nargs="+", type=int, default=[0], help="accuracy")
+    add("--alone", nargs="+", type=float, help="accuracy: widths that are also trained alone; default: all")
     add("--lr-together", type=float, help="accuracy: learning rate of the slimmable network; default: the recipe's")
     add("--docs", action="store_true", help="put the table into docs/reproduction.md")
     args, rest = parser.parse_known_args(argv)
@@ -180,9 +182,11 @@ def main(argv: Sequence[str]) -> None:
         return
     if not any(argument.startswith("--config") for argument in rest):
         rest = ["--config=launch/configs/digits.yaml", "--data.loader=memory", *rest]
-    config = load_config(rest)
+    config, alone = load_config(rest), args.alone or args.widths
+    if strange := set(alone) - set(args.widths):
+        parser.error(f"--alone {' '.join(f'{width:g}' for width in strange)}: not among --widths")
     with init_world(config.engine.threads) as world:
-        rows = accuracy_rows(rest, args.widths, args.seeds, world, args.lr_together)
+        rows = accuracy_rows(rest, args.widths, args.seeds, world, lr=args.lr_together, alone=alone)
         conditions = {"seeds": " ".join(map(str, args.seeds)), "lr_together": args.lr_together or config.optim.lr}
         conditions |= environment(world.device)
     _write(rows, conditions, f"widths accuracy {config.name}", docs=args.docs)
