@@ -57,6 +57,9 @@ def cut_config(config: Config, width: float) -> Config:
         width: One of its widths.
     """
     channels = tuple(channels_at(count, width) for count in model_channels(config.model))
+    if width == 1:
+        # Written as the user wrote it, or a network trained alone would not be found again by its fingerprint.
+        channels = config.model.channels
     config = of_one_width(config)
     model = dataclasses.replace(config.model, channels=channels, init_from=None)
     return dataclasses.replace(config, name=f"{config.name}-width-{width:g}", model=model)

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch import train
-from oat_dist.config import ConditioningConfig, Config, ModelConfig
+from oat_dist.config import ConditioningConfig, Config, ModelConfig, fingerprint
 from oat_dist.errors import UserError
 from oat_dist.export import cut_config, cut_out
 from oat_dist.models import MODELS, build_model
@@ -77,6 +77,12 @@ def assert_width_is_the_plain_network(config, width):
     moved, by_hand = cut_out(network, width).state_dict(), plain.state_dict()
     for n, tensor in by_hand.items():
         torch.testing.assert_close(moved[n], tensor, rtol=1e-12, atol=1e-12, msg=n)
+
+
+def test_the_width_of_all_channels_is_the_run_of_the_network_without_widths():
+    config = make(width_rule="sandwich")
+    assert fingerprint(cut_config(config, 1.0)) == fingerprint(make(widths=(1.0,)))
+    assert len({fingerprint(cut_config(config, width)) for width in WIDTHS}) == 3
 
 
 def _gradients_as_weights(network):
