@@ -34,6 +34,7 @@ from oat_dist.cost import width_costs
 from oat_dist.dedicated import measure_run
 from oat_dist.distributed import World, default_device
 from oat_dist.engine import init_world
+from oat_dist.errors import UserError
 from oat_dist.evaluation import EvaluationAttack
 from oat_dist.export import cut_config
 from oat_dist.graphed import graph_replay
@@ -193,4 +194,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
