@@ -1,5 +1,6 @@
 """The ranks of a run and the few collectives the library needs beside the gradients'."""
 
+import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -29,6 +30,8 @@ class World:
     """Where this process computes."""
     new_store: Callable[[], dist.Store] | None = None
     """Makes one more connection to the store of all ranks, where there is one."""
+    leave: Callable[[], None] = dist.destroy_process_group
+    """Leaves the process group and lets go of it."""
 
     @property
     def is_main(self) -> bool:
@@ -97,9 +100,14 @@ class World:
         _fill(_running_statistics(networks), statistics_RF[self.rank].to(self.device))
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group and end its threads.
+
+        A thread of gloo that drops its last message while Python shuts down aborts the process, whatever its exit code.
+        The threads end with the last reference to their group, and DeepSpeed's engine is part of reference cycles.
+        """
         if dist.is_initialized():
-            dist.destroy_process_group()
+            self.leave()
+            gc.collect()
 
     def __enter__(self) -> Self:
         return self

@@ -6,6 +6,7 @@ rank or micro-batch still weigh every image the same.
 """
 
 import contextlib
+import importlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,11 +81,16 @@ def init_world(threads: int = 0) -> World:
         torch.cuda.set_device(device)
 
     rank, ranks, backend = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "nccl" if has_gpu else "gloo"
+    # Before there is a group: the functions of these keep the one that they find when imported, as their default.
+    deepspeed = _import_deepspeed()
+    importlib.import_module("torch.distributed.nn.functional")
     # Others may have joined already: Ray, and torchrun whose agent holds the store.
     is_ours = not dist.is_initialized() and "TORCHELASTIC_RUN_ID" not in os.environ
     new_store = rendezvous.join(backend, rank=rank, ranks=ranks) if is_ours else None
-    _import_deepspeed().init_distributed(dist_backend=backend, verbose=False)
-    return World(rank=rank, ranks=ranks, device=device, new_store=new_store)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    # DeepSpeed's way out: it lets go of the groups that it made.
+    leave = deepspeed.comm.destroy_process_group
+    return World(rank=rank, ranks=ranks, device=device, new_store=new_store, leave=leave)
 
 
 class Engine:

@@ -43,9 +43,29 @@ with init_world(1) as world:
 """
 
 
-def start(**env: str) -> subprocess.Popen:
+LEAVING = """
+import pathlib, torch
+from oat_dist.config import Config
+from oat_dist.engine import Engine, init_world
+
+def gloo():
+    names = (task.joinpath("comm").read_text().strip() for task in pathlib.Path("/proc/self/task").iterdir())
+    return [name for name in names if "gloo" in name]
+
+def work(world):
+    engine = Engine(torch.nn.Linear(2, 1), Config(), world)
+    world.on_main(lambda: None)
+    assert gloo()
+
+with init_world(1) as world:
+    work(world)
+print(gloo(), flush=True)
+"""
+
+
+def start(program: str = ALONE, **env: str) -> subprocess.Popen:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", **env}
-    return subprocess.Popen([sys.executable, "-c", ALONE], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, "-c", program], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True)  # fmt: skip
 
 
@@ -65,6 +85,15 @@ def test_ranks_of_one_machine_listen_on_the_loopback_address_alone_whatever_the_
     finally:
         for rank in ranks:
             rank.communicate("\n", timeout=30)
+    assert [rank.returncode for rank in ranks] == [0, 0]
+
+
+@pytest.mark.dist
+def test_no_thread_of_gloo_is_left_to_abort_a_rank_that_has_left_the_process_group():
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+    ranks = [start(LEAVING, **env, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in (0, 1)]
+    said = [rank.communicate(timeout=120) for rank in ranks]
+    assert [out.splitlines()[-1:] for out, _ in said] == [["[]"]] * 2, said
     assert [rank.returncode for rank in ranks] == [0, 0]
 
 
