@@ -28,8 +28,9 @@ def trained(config: Config, data: PreparedData, world: World) -> pathlib.Path:
 
 
 def training_seconds(run: pathlib.Path) -> float:
-    """Seconds that the training steps of a run took, all interruptions left out."""
-    return round(json.loads((run / "timings.jsonl").read_text().splitlines()[-1])["elapsed_s"], 1)
+    """Seconds that the training steps of a run took, all interruptions left out; the clock starts anew after each."""
+    elapsed = [json.loads(line)["elapsed_s"] for line in (run / "timings.jsonl").read_text().splitlines()]
+    return round(sum(now for now, after in zip(elapsed, [*elapsed[1:], 0.0], strict=True) if after < now), 1)
 
 
 def images_per_s(run: pathlib.Path) -> float:

@@ -1,9 +1,12 @@
 """The tables of conditioning and of widths: every row is a run that can be made, and the cost of widths is measured."""
 
+import json
+
 import conditioning
 import pytest
 import table
 import torch
+import trained
 import widths
 
 from oat_dist.config import Config, ModelConfig, fingerprint
@@ -62,3 +65,10 @@ def test_a_step_of_all_widths_is_measured_beside_steps_of_each_alone():
     assert rows[0]["all_over_sum_median"] == pytest.approx(whole / sum(alone), rel=0.01)
     assert rows[0]["all_over_flops_median"] == pytest.approx(whole / (alone[1] * (1 + share)), rel=0.01)
     assert rows[1]["all_over_sum_median"] is rows[1]["all_over_flops_median"] is None
+
+
+def test_the_seconds_of_a_run_leave_out_its_interruptions_and_nothing_else(tmp_path):
+    elapsed = [10.0, 20.5, 4.0, 8.0, 9.5]  # ended after 20.5 s, and gone on with from there
+    lines = [json.dumps({"step": i + 1, "elapsed_s": seconds}) for i, seconds in enumerate(elapsed)]
+    (tmp_path / "timings.jsonl").write_text("\n".join(lines))
+    assert trained.training_seconds(tmp_path) == 30.0
