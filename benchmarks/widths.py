@@ -10,7 +10,8 @@ width's, and should be at most 1.1; it counts against widths too that narrow lay
 "accuracy" trains the slimmable network (OATS) and the plain ones (OAT) on one recipe, by default the digits, and puts
 SA and RA at lambda 0, 0.2 and 1 side by side; --key=value changes the recipe, --alone leaves plain ones of other widths
 out, and runs that are there are not trained again. The losses of all widths add up, so with SGD the slimmable network
-may want a lower rate than the recipe's: --lr-together. Both write benchmarks/results/widths_<part>_<name>.csv.
+may want a lower rate than the recipe's: --lr-together. --weights-together 0.3 0.3 1 lets the narrow widths count less.
+Both write benchmarks/results/widths_<part>_<name>.csv.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from arrangements import NUM_CLASSES, Setting, draw_batches, random_set
@@ -112,15 +113,14 @@ def cost_rows(
 
 def accuracy_rows(
     argv: Sequence[str], widths: Sequence[float], seeds: Sequence[int], world: World, *,
-    lr: float | None = None, alone: Sequence[float],
+    changes: Mapping[str, object] | None = None, alone: Sequence[float],
 ) -> list[dict[str, object]]:  # fmt: skip
-    """SA and RA of every width, trained together (at a rate of its own, if given) and alone; means over seeds."""
+    """SA and RA of every width, trained together (with settings of its own, if any) and alone; means over seeds."""
     base = load_config(argv)
     data, attack = open_data(base), EvaluationAttack.of(base)
     own = {"name": f"{base.name}-oats", "evaluation.split": "val", "model.widths": list(widths)}
     slim = [load_config(argv, own | {"seed": seed}) for seed in seeds]
-    rate = {} if lr is None else {"optim.lr": lr}
-    together = [trained(load_config(argv, own | rate | {"seed": seed}), data, world) for seed in seeds]
+    together = [trained(load_config(argv, own | (changes or {}) | {"seed": seed}), data, world) for seed in seeds]
     height, width_px, channels = data.image_shape
     costs = {c["width"]: c for c in width_costs(load_run(together[0])[1], (channels, height, width_px))}
     rows = []
@@ -171,6 +171,7 @@ def main(argv: Sequence[str]) -> None:
     add("--seeds", nargs="+", type=int, default=[0], help="accuracy")
     add("--alone", nargs="+", type=float, help="accuracy: widths that are also trained alone; default: all")
     add("--lr-together", type=float, help="accuracy: learning rate of the slimmable network; default: the recipe's")
+    add("--weights-together", nargs="+", type=float, help="accuracy: loss.width_weights of the slimmable network")
     add("--docs", action="store_true", help="put the table into docs/reproduction.md")
     args, rest = parser.parse_known_args(argv)
     if args.part == "cost":
@@ -187,8 +188,11 @@ def main(argv: Sequence[str]) -> None:
     if strange := set(alone) - set(args.widths):
         parser.error(f"--alone {' '.join(f'{width:g}' for width in strange)}: not among --widths")
     with init_world(config.engine.threads) as world:
-        rows = accuracy_rows(rest, args.widths, args.seeds, world, lr=args.lr_together, alone=alone)
+        own = {"optim.lr": args.lr_together, "loss.width_weights": args.weights_together}
+        changes = {key: value for key, value in own.items() if value is not None}
+        rows = accuracy_rows(rest, args.widths, args.seeds, world, changes=changes, alone=alone)
         conditions = {"seeds": " ".join(map(str, args.seeds)), "lr_together": args.lr_together or config.optim.lr}
+        conditions |= {"weights_together": " ".join(map(str, args.weights_together or [1] * len(args.widths)))}
         conditions |= environment(world.device)
     _write(rows, conditions, f"widths accuracy {config.name}", docs=args.docs)
 

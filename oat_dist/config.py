@@ -87,6 +87,9 @@ class Config:
         require(self.optim.batch_size >= self.engine.accumulation, "optim.batch_size", self.optim.batch_size, expected)
         ok = not self.loss.distill_widths or len(self.model.widths) > 1
         require(ok, "loss.distill_widths", self.loss.distill_widths, "needs several model.widths")
+        weights = self.loss.width_weights
+        expected = f"must be one number for each of the {len(self.model.widths)} model.widths"
+        require(weights is None or len(weights) == len(self.model.widths), "loss.width_weights", weights, expected)
         ok = not self.optim.awp_gamma or len(self.model.widths) == 1
         require(ok, "optim.awp_gamma", self.optim.awp_gamma, "must be 0 with several model.widths")
         ok = self.optim.optimizer != "muon" or self.engine.zero_stage == 0
@@ -112,6 +115,11 @@ class Config:
         # Rounded first: a product a little above a whole number is that number.
         return math.ceil(round(self.data.extra_share * self.optim.batch_size, 9))
 
+    def width_weight(self, width: float) -> float:
+        """What the loss of one of `model.widths` counts in the sum of a step."""
+        weights = self.loss.width_weights
+        return 1.0 if weights is None else weights[self.model.widths.index(width)]
+
     @property
     def num_early_epochs(self) -> int:
         """First epochs whose attack has `attack.early_steps`: the whole ones within `attack.early_share` of the run."""
@@ -134,7 +142,7 @@ def to_dict(config: Config) -> dict:
 def of_one_width(config: Config) -> Config:
     """A configuration without the widths below 1, and what only they have."""
     model = replace(config.model, widths=(1.0,), width_rule="all", width_heads=False)
-    return replace(config, model=model, loss=replace(config.loss, distill_widths=False))
+    return replace(config, model=model, loss=replace(config.loss, distill_widths=False, width_weights=None))
 
 
 def computed_settings(config: Config) -> dict[str, object]:

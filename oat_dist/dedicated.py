@@ -36,13 +36,14 @@ def dedicated_config(config: Config, lam: float, seed: int) -> Config:
         A configuration whose fingerprint depends neither on the conditioning, nor on the widths below 1, nor on the
         measurements of `config`: the last weights count, and a measurement of its own on validation ends the run.
     """
+    alone = of_one_width(config)
     return dataclasses.replace(
-        of_one_width(config),
+        alone,
         name=f"{config.name}-dedicated-{lam:g}",
         seed=seed,
         conditioning=ConditioningConfig(lambdas=(lam,), film="none", norm="single"),
         # There is no other lambda that could teach.
-        loss=dataclasses.replace(config.loss, distill_widths=False, self_distillation=0.0),
+        loss=dataclasses.replace(alone.loss, self_distillation=0.0),
         evaluation=EvaluationConfig(lambdas=(lam,), split="val"),
         checkpoint=dataclasses.replace(config.checkpoint, resume="auto"),
     )

@@ -1,8 +1,7 @@
 """The sections of a configuration: names, units, defaults and ranges of every setting, as frozen dataclasses.
 
 Standard library only. The sections `model` and `conditioning` are in `network_settings.py`; `config.py` puts all
-together. "Paper" is Wang et al., "Once-for-All Adversarial
-Training", NeurIPS 2020 (OAT).
+together. "Paper" is Wang et al., "Once-for-All Adversarial Training", NeurIPS 2020 (OAT).
 """
 
 import math
@@ -129,9 +128,15 @@ class LossConfig:
     distill_widths: bool = False
     """Narrower widths learn the answers of the whole network, on its own clean and adversarial images, in place of the
     objective (in-place distillation: Yu and Huang, ICCV 2019)."""
+    width_weights: tuple[float, ...] | None = None
+    """What the loss of every one of model.widths counts in the sum of a step; None is 1 of each, as in the published
+    code of slimmable networks. The less narrow widths count, the closer the whole network is to one trained alone."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        weights = self.width_weights
+        ok = weights is None or all(0 < weight < math.inf for weight in weights)
+        require(ok, "loss.width_weights", weights, "must be positive")
         require(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "must lie in [0, 1)")
         key = "loss.self_distillation"
         require(0 <= self.self_distillation < 1, key, self.self_distillation, "must lie in [0, 1)")

@@ -216,7 +216,10 @@ class Training:
                 )  # fmt: skip
                 self.hang.note(f"backward or update of step {step}")
                 grad_norm = self.engine.backward_and_step(
-                    losses.loss_N, lr, self.idle[width], before_update=self.perturbation.restore
+                    self.config.width_weight(width) * losses.loss_N,
+                    lr,
+                    self.idle[width],
+                    before_update=self.perturbation.restore,
                 )
                 self.health.add(step, epoch, batch.index_N, lam_N, losses.loss_N)
                 done.append((width, losses, lam_N))

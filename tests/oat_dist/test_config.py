@@ -44,6 +44,8 @@ WRONG = {
     "--model.width_rule=sandwich": "model.width_rule='sandwich': needs three model.widths or more, there are 1",
     "--model.width_heads=true": "model.width_heads=True: needs several model.widths",
     "--loss.distill_widths=true": "loss.distill_widths=True: needs several model.widths",
+    "--loss.width_weights=[0.5,1]": "loss.width_weights=(0.5, 1.0): must be one number for each of the 1 model.widths",
+    "--loss.width_weights=[0]": "loss.width_weights=(0.0,): must be positive",
     "--evaluation.noise_draws=3": "evaluation.noise_draws=3: needs conditioning.kind=float",
     "--conditioning.noise_start=0.1": "conditioning.noise_start=0.1: does not go with conditioning.kind=film; leave it",
     "--conditioning.kind=float": "conditioning.film='mlp': must be none with conditioning.kind=float",

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import pathlib
 
 import pytest
 import torch
@@ -9,12 +10,16 @@ import torch.nn.functional as F
 
 from oat_dist import step as step_module
 from oat_dist.config import AttackConfig, ConditioningConfig, Config, LossConfig, ModelConfig
+from oat_dist.data import TrainLoader, open_prepared
 from oat_dist.export import cut_config, cut_out
 from oat_dist.graphed import GraphReplay
 from oat_dist.models.slimming import widths_of_step
 from oat_dist.step import training_losses
+from oat_dist.training import Training
+from tests.oat_dist.test_divergence import make_config
 from tests.oat_dist.test_graphed import Again
 from tests.oat_dist.test_step import disturbed, make_batch
+from tests.ranks import run_ranks
 
 LAM = torch.tensor([0, 0, 0.1, 0.4, 1, 1], dtype=torch.float64)
 
@@ -101,3 +106,39 @@ def test_recorded_attacks_of_several_widths_are_the_attacks():
             results += [losses_at(network, config, width, replay=use).loss_N.detach() for width in (1.0, 0.75, 0.5)]
     assert all(torch.equal(a, b) for a, b in zip(results[:6], results[6:], strict=True))
     assert recorder.recorded == 3
+
+
+SETTINGS = {
+    "alone": ((1.0,), None),
+    "beside little": ((0.5, 1.0), (1e-30, 1.0)),
+    "beside its equal": ((0.5, 1.0), None),
+    "written": ((0.5, 1.0), (1.0, 1.0)),
+}
+
+
+def whole_networks(world, root, folder):
+    """The whole network after an epoch of each of `SETTINGS`, by the names that a network of one width has."""
+    from oat_dist.engine import init_world
+
+    world, found = dataclasses.replace(init_world(threads=1), device=world.device), {}
+    for name, (widths, weights) in SETTINGS.items():
+        config = dataclasses.replace(
+            make_config(root, epochs=1), model=ModelConfig(widths=widths), loss=LossConfig(width_weights=weights)
+        )
+        data = open_prepared(root, "digits")
+        loader = TrainLoader(data, config, rank=0, ranks=1, device=world.device)
+        run = pathlib.Path(folder, name)
+        run.mkdir()
+        training = Training(config, data, loader, world=world, run=run, checkpoint=None)
+        training.fit()
+        states = training.network.state_dict().items()
+        found[name] = torch.cat([value.flatten().float() for name, value in states if ".narrow." not in name])
+    return found
+
+
+@pytest.mark.dist
+def test_a_width_counts_what_it_is_told_to(digits, tmp_path):
+    (whole,) = run_ranks(whole_networks, 1, str(digits.folder.parent), str(tmp_path))
+    torch.testing.assert_close(whole["beside little"], whole["alone"], rtol=0, atol=1e-6)
+    assert torch.equal(whole["written"], whole["beside its equal"])
+    assert (whole["written"] - whole["alone"]).abs().max() > 1e-3
