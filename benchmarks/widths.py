@@ -192,7 +192,7 @@ def main(argv: Sequence[str]) -> None:
         changes = {key: value for key, value in own.items() if value is not None}
         rows = accuracy_rows(rest, args.widths, args.seeds, world, changes=changes, alone=alone)
         conditions = {"seeds": " ".join(map(str, args.seeds)), "lr_together": args.lr_together or config.optim.lr}
-        conditions |= {"weights_together": " ".join(map(str, args.weights_together or [1] * len(args.widths)))}
+        conditions |= {"weights_together": " ".join(f"{w:g}" for w in args.weights_together or [1] * len(args.widths))}
         conditions |= environment(world.device)
     _write(rows, conditions, f"widths accuracy {config.name}", docs=args.docs)
 
