@@ -100,14 +100,13 @@ class World:
         _fill(_running_statistics(networks), statistics_RF[self.rank].to(self.device))
 
     def close(self) -> None:
-        """Leave the process group and end its threads.
+        """Leave the process group.
 
-        A thread of gloo that drops its last message while Python shuts down aborts the process, whatever its exit code.
-        The threads end with the last reference to their group, and DeepSpeed's engine is part of reference cycles.
+        A thread of gloo that drops its last message while Python shuts down aborts the process, whatever its exit code;
+        the threads end with the last reference to their group.
         """
         if dist.is_initialized():
             self.leave()
-            gc.collect()
 
     def __enter__(self) -> Self:
         return self
@@ -117,6 +116,10 @@ class World:
         # ranks that did not fail.
         if kind is None or self.device.type == "cpu":
             self.close()
+        # DeepSpeed's engine, part of reference cycles, refers to its group. After an error the launcher gives a rank
+        # hardly the time to say why it ends.
+        if kind is None:
+            gc.collect()
 
 
 def _running_statistics(networks: Iterable[nn.Module]) -> list[Tensor]:
